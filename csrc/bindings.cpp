@@ -1,0 +1,137 @@
+// The Python module diffmf_ops._C: plain addresses and sizes in, no tensor library anywhere.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+
+#include "diffmf/cross_scan.h"
+#include "diffmf/ss2d.h"
+
+namespace py = pybind11;
+using namespace diffmf;
+
+namespace {
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+using StrideList = std::array<int64_t, 5>;
+Strides strides(const StrideList& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
+
+SS2DProblem make_problem(DType dtype, const std::array<int64_t, 7>& sizes, const std::vector<int>& paths,
+                         Exchange exchange, Discretization discretization, bool shared_decay, bool softplus) {
+  SS2DProblem problem{dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], 0, {}, exchange,
+                      discretization, shared_decay, softplus};
+  if (paths.empty() || paths.size() > kMaxPaths) throw std::invalid_argument("paths: expected 1 to 8");
+  for (int path : paths) problem.path[problem.paths++] = path;
+  return problem;
+}
+
+CrossScanProblem make_shape(const std::array<int64_t, 4>& sizes, const std::vector<int>& paths) {
+  CrossScanProblem shape{sizes[0], sizes[1], sizes[2], sizes[3], 0, {}};
+  if (paths.empty() || paths.size() > kMaxPaths) throw std::invalid_argument("paths: expected 1 to 8");
+  for (int path : paths) shape.path[shape.paths++] = path;
+  return shape;
+}
+
+SS2DInputs make_inputs(uintptr_t x, const StrideList& x_strides, uintptr_t proj, const StrideList& proj_strides,
+                       uintptr_t delta, const StrideList& delta_strides, uintptr_t dt_weight, uintptr_t dt_bias,
+                       uintptr_t a, uintptr_t d) {
+  return {pointer(x),     strides(x_strides),     pointer(proj),      strides(proj_strides),
+          pointer(delta), strides(delta_strides), pointer(dt_weight), pointer(dt_bias),
+          pointer(a),     pointer(d)};
+}
+
+SS2DOutputs make_outputs(uintptr_t y, uintptr_t states, uintptr_t last_state) {
+  return {pointer(y), pointer(states), pointer(last_state)};
+}
+
+SS2DGradients make_gradients(uintptr_t dy, uintptr_t states, bool x_per_path, uintptr_t dx, uintptr_t dproj,
+                             uintptr_t ddelta, uintptr_t ddt_weight, uintptr_t ddt_bias, uintptr_t da, uintptr_t dd) {
+  return {pointer(dy),     pointer(states),     x_per_path,        pointer(dx), pointer(dproj),
+          pointer(ddelta), pointer(ddt_weight), pointer(ddt_bias), pointer(da), pointer(dd)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("CHECKPOINT") = kCheckpoint;
+  m.attr("MAX_PATHS") = kMaxPaths;
+  py::enum_<DType>(m, "DType")
+      .value("f32", DType::f32)
+      .value("bf16", DType::bf16)
+      .value("f16", DType::f16)
+      .value("f64", DType::f64);
+  py::enum_<Exchange>(m, "Exchange")
+      .value("none", Exchange::none)
+      .value("mutual", Exchange::mutual)
+      .value("from_visible", Exchange::from_visible)
+      .value("from_infrared", Exchange::from_infrared);
+  py::enum_<Discretization>(m, "Discretization")
+      .value("euler", Discretization::euler)
+      .value("zoh", Discretization::zoh);
+
+  py::class_<SS2DProblem>(m, "SS2DProblem")
+      .def(py::init(&make_problem), py::arg("dtype"), py::arg("sizes"), py::arg("paths"), py::arg("exchange"),
+           py::arg("discretization"), py::arg("shared_decay"), py::arg("softplus"));
+  py::class_<SS2DInputs>(m, "SS2DInputs").def(py::init(&make_inputs));
+  py::class_<SS2DOutputs>(m, "SS2DOutputs").def(py::init(&make_outputs));
+  py::class_<SS2DGradients>(m, "SS2DGradients").def(py::init(&make_gradients));
+
+  py::class_<CrossScanProblem>(m, "CrossScanProblem").def(py::init(&make_shape), py::arg("sizes"), py::arg("paths"));
+
+  using no_gil_t = py::call_guard<py::gil_scoped_release>;
+  const no_gil_t no_gil;
+  m.def("ss2d_forward_cpu", &cpu::ss2d_forward, no_gil);
+  m.def("ss2d_backward_parts_cpu", &cpu::ss2d_backward_parts);
+  m.def("ss2d_backward_cpu", &cpu::ss2d_backward, no_gil);
+  m.def(
+      "cross_scan_cpu",
+      [](const CrossScanProblem& shape, int64_t element_size, uintptr_t x, uintptr_t y, int threads) {
+        cpu::cross_scan(shape, element_size, pointer(x), pointer(y), threads);
+      },
+      no_gil);
+  m.def(
+      "cross_merge_cpu",
+      [](const CrossScanProblem& shape, DType dtype, uintptr_t y, uintptr_t x, int threads) {
+        cpu::cross_merge(shape, dtype, pointer(y), pointer(x), threads);
+      },
+      no_gil);
+
+#ifdef DIFFMF_WITH_CUDA
+  m.attr("cuda_version") = DIFFMF_CUDA_VERSION;
+  m.attr("cuda_archs") = DIFFMF_CUDA_ARCHS;
+  m.def("ss2d_forward_workspace_cuda", &cuda::ss2d_forward_workspace);
+  m.def(
+      "ss2d_forward_cuda",
+      [](const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DOutputs& outputs, uintptr_t workspace,
+         uintptr_t stream) {
+        cuda::ss2d_forward(problem, inputs, outputs, pointer(workspace), pointer(stream));
+      },
+      no_gil);
+  m.def("ss2d_backward_workspace_cuda", &cuda::ss2d_backward_workspace);
+  m.def("ss2d_backward_parts_cuda", &cuda::ss2d_backward_parts);
+  m.def(
+      "ss2d_backward_cuda",
+      [](const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DGradients& gradients, uintptr_t workspace,
+         uintptr_t stream) {
+        cuda::ss2d_backward(problem, inputs, gradients, pointer(workspace), pointer(stream));
+      },
+      no_gil);
+  m.def(
+      "cross_scan_cuda",
+      [](const CrossScanProblem& shape, int64_t element_size, uintptr_t x, uintptr_t y, uintptr_t stream) {
+        cuda::cross_scan(shape, element_size, pointer(x), pointer(y), pointer(stream));
+      },
+      no_gil);
+  m.def(
+      "cross_merge_cuda",
+      [](const CrossScanProblem& shape, DType dtype, uintptr_t y, uintptr_t x, uintptr_t stream) {
+        cuda::cross_merge(shape, dtype, pointer(y), pointer(x), pointer(stream));
+      },
+      no_gil);
+#else
+  m.attr("cuda_version") = py::none();
+  m.attr("cuda_archs") = py::none();
+#endif
+}

@@ -1,0 +1,63 @@
+"""Argument checks whose messages name the argument, what was found and what was expected."""
+
+from __future__ import annotations
+
+import torch
+
+from . import backend
+
+
+def check_rank(name: str, tensor: torch.Tensor, ranks: tuple[int, ...], layout: str) -> None:
+    """Raises TypeError unless a tensor, ValueError unless its number of dimensions is one of `ranks`."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: a {type(tensor).__name__}, expected a tensor {layout}")
+    if tensor.dim() not in ranks:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {layout}")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], layout: str) -> None:
+    """Raises ValueError unless the tensor has this shape (TypeError unless it is a tensor)."""
+    check_rank(name, tensor, (len(shape),), f"{layout} = {tuple(shape)}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {layout} = {tuple(shape)}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, reason: str) -> None:
+    """Raises TypeError unless the tensor has this dtype."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: dtype {tensor.dtype}, expected {dtype} ({reason})")
+
+
+def check_activation(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises TypeError for a dtype, ValueError for a device that no kernel takes."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+    if tensor.device.type == "cuda" and tensor.dtype == torch.float64:
+        raise TypeError(f"{name}: dtype torch.float64 on {tensor.device}; float64 runs on the CPU only")
+    backend.check_device(name, tensor)
+
+
+def check_device(name: str, tensor: torch.Tensor, device: torch.device, other: str) -> None:
+    """Raises ValueError unless the tensor is on this device."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: on {tensor.device}, expected {device} like {other}")
+
+
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raises ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}: {value}, expected {low} to {high}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_paths(paths) -> tuple[int, ...]:
+    """The path codes as a tuple; raises ValueError unless they are 1 to 8 integers from 0 to 3."""
+    paths = tuple(paths)
+    if not 1 <= len(paths) <= 8 or any(path not in (0, 1, 2, 3) for path in paths):
+        raise ValueError(f"paths: {paths}, expected 1 to 8 codes from 0 to 3")
+    return paths
