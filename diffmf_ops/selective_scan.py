@@ -193,7 +193,9 @@ def _selective_scan_backward(
         states,
         *_scan_arguments(u, delta, A, B, C, D, delta_bias),
     )
-    dB, dC = (t.contiguous() for t in dproj[:, :, 0, :, 0].permute(1, 0, 3, 2).split(n, dim=2))
+    # Copies even where a view would be contiguous: the outputs of an operator must not share memory.
+    halves = dproj[:, :, 0, :, 0].permute(1, 0, 3, 2).split(n, dim=2)
+    dB, dC = (t.clone(memory_format=torch.contiguous_format) for t in halves)
     dD, dbias = (A.new_empty(0) if t is None else t.flatten() for t in (dD, dbias))
     return _sequences(dx), _sequences(ddelta.squeeze(4)), dA.flatten(0, 2), dB, dC, dD, dbias
 

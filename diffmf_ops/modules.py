@@ -1,0 +1,321 @@
+"""SS2D and VSSBlock: VMamba's modules over the fused operator, and their two-modality form.
+
+With `modalities=1` the state_dict keys and shapes are VMamba's, so its published checkpoints load unchanged. With
+`modalities=2` every parameter gets a leading axis (infrared, visible), activations are (2, B, H, W, C), the GEMMs are
+batched over that axis and both modalities share one launch of the scan.
+
+Supported of VMamba: forward types v0, v2, v3, v03, v04 and v05 (one definition in different backends; here the state is
+fp32 in all of them) with the postfixes _noz, _nozact, _oact, _no32 and _onnone; any d_state, ssm_ratio, dt_rank, d_conv
+(below 2 for none), conv_bias, act_layer, dropout, drop_path, mlp_ratio; channel_first or channels-last tensors (the
+"ln2d" and "ln" norms have the same parameters). Not supported, and refused by name: other scan orders (v051d, v052d,
+...), other output norms, xv and Mamba-2 (m0) types.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ss2d import ss2d
+
+PATHS = (0, 1, 2, 3)
+# Whose B and C each modality's scan reads (0 infrared, 1 visible): Eqs. 6, 15 and 16 of the paper.
+EXCHANGE_SOURCES = {"none": (0, 1), "mutual": (1, 0), "from_visible": (1, 1), "from_infrared": (0, 0)}
+FORWARD_TYPES = ("v0", "v2", "v3", "v03", "v04", "v05")
+CHANNELS_LAST_ONLY = "channel_first=True needs modalities=1: two modalities are (2, B, H, W, C)"
+POSTFIXES = ("_no32", "_oact", "_noz", "_nozact", "_onnone")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I) by weight (O, I), or x (M, ..., I) by weight (M, O, I) as one batched GEMM; bias ([M,] O)."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    tokens = x.flatten(1, -2)
+    y = torch.bmm(tokens, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), tokens, weight.mT)
+    return y.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Module):
+    """A linear layer on the last axis, with its own weights per modality when modalities is 2.
+
+    weight ([M,] O, I), bias ([M,] O). A 1x1 convolution's weight (O, I, 1, 1) loads too, as it does in VMamba.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, modalities: int = 1):
+        super().__init__()
+        lead = () if modalities == 1 else (modalities,)
+        bound = in_features**-0.5
+        self.weight = nn.Parameter(torch.empty(*lead, out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, out_features).uniform_(-bound, bound)) if bias else None
+        self.register_load_state_dict_pre_hook(_flatten_pointwise_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, bias={self.bias is not None}"
+
+
+def _flatten_pointwise_weight(module, state_dict, prefix, *_):
+    weight = state_dict.get(prefix + "weight")
+    if weight is not None and weight.dim() == module.weight.dim() + 2 and weight.shape[-2:] == (1, 1):
+        state_dict[prefix + "weight"] = weight.flatten(-3)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization of the last axis; weight and bias ([M,] C)."""
+
+    def __init__(self, channels: int, modalities: int = 1, eps: float = 1e-5):
+        super().__init__()
+        lead = () if modalities == 1 else (modalities,)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(*lead, channels))
+        self.bias = nn.Parameter(torch.zeros(*lead, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 1:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        affine = (len(self.weight),) + (1,) * (x.dim() - 2) + (-1,)
+        normalized = F.layer_norm(x, self.weight.shape[1:], eps=self.eps)
+        return torch.addcmul(self.bias.view(affine), normalized, self.weight.view(affine))
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution of channels-last tensors ([M,] B, H, W, D), zero-padded; weight ([M,] D, 1, k, k)."""
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = True, modalities: int = 1):
+        super().__init__()
+        lead = () if modalities == 1 else (modalities,)
+        self.padding = (kernel_size - 1) // 2
+        bound = 1 / kernel_size
+        shape = (*lead, channels, 1, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, channels).uniform_(-bound, bound)) if bias else None
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=self.padding, groups=len(weight))
+        return y.permute(0, 2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 4:
+            return self._convolve(x, self.weight, self.bias)
+        biases = [None] * len(x) if self.bias is None else self.bias
+        return torch.stack([self._convolve(*each) for each in zip(x, self.weight, biases, strict=True)])
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops whole samples of ([M,] B, H, W, C) with the given probability while training."""
+
+    def __init__(self, probability: float = 0.0):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.probability == 0 or not self.training:
+            return x
+        keep = 1 - self.probability
+        return x * x.new_empty((*x.shape[:-3], 1, 1, 1)).bernoulli_(keep) / keep
+
+
+class SS2D(nn.Module):
+    """2-D selective scan layer (VMamba's SS2D): (B, H, W, d_model) -> the same shape, or (2, B, H, W, d_model).
+
+    in_proj -> depthwise conv -> act -> [Δ | B | C] of every path by one GEMM -> fused scan over four paths, merged
+    -> out_norm [-> times act(z)] -> out_proj.
+
+    d_model, d_state, ssm_ratio, dt_rank: C, N, D / C and R ("auto" is ceil(d_model / 16)).
+    forward_type: VMamba's name; see the module docstring for those supported.
+    channel_first: tensors are (B, C, H, W); one modality only.
+    modalities: 2 for (infrared, visible) with separate weights.
+    exchange: whose B and C each modality's scan uses: "none", "mutual" (Eq. 6), "from_visible" (Eq. 15) or
+        "from_infrared" (Eq. 16); other than "none" needs two modalities.
+    reproject: Eqs. 5 and 6 to the letter: per path, tokens are projected and split into x, B and C, B and C are
+        exchanged, and the three are projected back to D channels, which enter an SSM of their own. Otherwise the scan
+        reads the other modality's B and C directly.
+    Raises ValueError for an unsupported combination.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 96,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | str = "auto",
+        act_layer: type[nn.Module] = nn.SiLU,
+        d_conv: int = 3,
+        conv_bias: bool = True,
+        dropout: float = 0.0,
+        bias: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        forward_type: str = "v05",
+        channel_first: bool = False,
+        modalities: int = 1,
+        exchange: str = "none",
+        reproject: bool = False,
+    ):
+        super().__init__()
+        options = _parse_forward_type(forward_type)
+        if modalities not in (1, 2):
+            raise ValueError(f"modalities: expected 1 or 2, found {modalities!r}")
+        if exchange not in EXCHANGE_SOURCES:
+            raise ValueError(f"exchange: expected one of {', '.join(EXCHANGE_SOURCES)}, found {exchange!r}")
+        if modalities == 1 and (exchange != "none" or reproject):
+            raise ValueError(f"exchange={exchange!r}, reproject={reproject} needs modalities=2, found modalities=1")
+        if modalities == 2 and channel_first:
+            raise ValueError(CHANNELS_LAST_ONLY)
+        self.d_model, self.d_state, self.d_inner = d_model, d_state, int(ssm_ratio * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.channel_first, self.exchange, self.reproject = channel_first, exchange, reproject
+        self.gated, self.gate_act = "_noz" not in options, "_nozact" not in options
+        lead = () if modalities == 1 else (modalities,)
+        inner, paths, rank = self.d_inner, len(PATHS), self.dt_rank
+
+        self.in_proj = Linear(d_model, inner * (2 if self.gated else 1), bias, modalities)
+        self.act = act_layer()
+        self.conv2d = DepthwiseConv(inner, d_conv, conv_bias, modalities) if d_conv > 1 else nn.Identity()
+        self.x_proj_weight = _uniform(inner**-0.5, *lead, paths, rank + 2 * d_state, inner)
+        self.dt_projs_weight = _uniform(rank**-0.5, *lead, paths, inner, rank)
+        # softplus(bias) is log-uniform in [dt_min, dt_max] at the start.
+        delta = torch.empty(*lead, paths, inner).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=1e-4)
+        self.dt_projs_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))
+        decay = torch.arange(1, d_state + 1, dtype=torch.float32).log()  # S4D-real
+        self.A_logs = nn.Parameter(decay.repeat(*lead, paths * inner, 1))
+        self.Ds = nn.Parameter(torch.ones(*lead, paths * inner))
+        if reproject:
+            width = inner + 2 * d_state
+            self.exchange_proj_weight = _uniform(inner**-0.5, *lead, paths, width, inner)
+            self.exchange_reproj_weight = _uniform(width**-0.5, *lead, paths, inner, width)
+        self.out_norm = nn.Identity() if "_onnone" in options else LayerNorm(inner, modalities)
+        self.out_act = nn.GELU() if "_oact" in options else nn.Identity()
+        self.out_proj = Linear(inner, d_model, bias, modalities)
+        self.dropout = nn.Dropout(dropout)
+
+    def _exchanged_tokens(self, x: Tensor) -> Tensor:
+        """x (2, B, H, W, D) -> Projection[x, B, C] of Eqs. 5 and 6, (2, B, H, W, K, D)."""
+        split = linear(x, self.exchange_proj_weight.flatten(1, 2)).unflatten(-1, (len(PATHS), -1))
+        own, exchanged = split.split([self.d_inner, 2 * self.d_state], dim=-1)
+        source = EXCHANGE_SOURCES[self.exchange]
+        tokens = torch.cat([own, torch.stack([exchanged[source[0]], exchanged[source[1]]])], dim=-1)
+        return torch.einsum("mbhwkc,mkdc->mbhwkd", tokens, self.exchange_reproj_weight)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Projections and the fused scan: ([2,] B, H, W, D) -> the same shape, summed over the paths."""
+        if self.reproject:
+            x = self._exchanged_tokens(x)
+            proj = torch.einsum("mbhwkd,mkcd->mbhwkc", x, self.x_proj_weight)
+        else:
+            proj = linear(x, self.x_proj_weight.flatten(-3, -2)).unflatten(-1, (len(PATHS), -1))
+        dtype = torch.promote_types(x.dtype, torch.float32)  # the operator's parameters are never below fp32
+        per_path = (len(PATHS), self.d_inner)
+        return ss2d(
+            x,
+            proj,
+            self.dt_projs_weight.to(dtype),
+            self.dt_projs_bias.to(dtype),
+            -self.A_logs.to(dtype).exp().unflatten(-2, per_path),
+            self.Ds.to(dtype).unflatten(-1, per_path),
+            paths=PATHS,
+            exchange="none" if self.reproject else self.exchange,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channel_first:
+            x = x.permute(0, 2, 3, 1)
+        x = self.in_proj(x)
+        if self.gated:
+            x, z = x.chunk(2, dim=-1)
+        x = self.act(self.conv2d(x))
+        y = self.out_act(self.out_norm(self.scan(x)).to(x.dtype))
+        if self.gated:
+            y = y * (self.act(z) if self.gate_act else z)
+        y = self.dropout(self.out_proj(y))
+        return y.permute(0, 3, 1, 2) if self.channel_first else y
+
+
+class Mlp(nn.Module):
+    """fc1 -> GELU -> fc2 on the last axis."""
+
+    def __init__(self, channels: int, hidden: int, dropout: float = 0.0, modalities: int = 1):
+        super().__init__()
+        self.fc1 = Linear(channels, hidden, modalities=modalities)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden, channels, modalities=modalities)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class VSSBlock(nn.Module):
+    """Visual state space block (VMamba): x + SS2D(norm(x)), then x + MLP(norm2(x)) unless mlp_ratio is 0.
+
+    Tensors are (B, H, W, hidden_dim), (B, hidden_dim, H, W) with channel_first, or (2, B, H, W, hidden_dim) with
+    modalities=2. Arguments are VMamba's; modalities is that of `SS2D`. Raises ValueError as `SS2D` does.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        drop_path: float = 0.0,
+        channel_first: bool = False,
+        ssm_d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        ssm_dt_rank: int | str = "auto",
+        ssm_act_layer: type[nn.Module] = nn.SiLU,
+        ssm_conv: int = 3,
+        ssm_conv_bias: bool = True,
+        ssm_drop_rate: float = 0.0,
+        forward_type: str = "v05",
+        mlp_ratio: float = 4.0,
+        mlp_drop_rate: float = 0.0,
+        modalities: int = 1,
+    ):
+        super().__init__()
+        if modalities == 2 and channel_first:
+            raise ValueError(CHANNELS_LAST_ONLY)
+        self.channel_first = channel_first
+        self.norm = LayerNorm(hidden_dim, modalities)
+        self.op = SS2D(
+            hidden_dim,
+            ssm_d_state,
+            ssm_ratio,
+            ssm_dt_rank,
+            ssm_act_layer,
+            ssm_conv,
+            ssm_conv_bias,
+            ssm_drop_rate,
+            forward_type=forward_type,
+            modalities=modalities,
+        )
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = LayerNorm(hidden_dim, modalities) if mlp_ratio > 0 else None
+        hidden = int(hidden_dim * mlp_ratio)
+        self.mlp = Mlp(hidden_dim, hidden, mlp_drop_rate, modalities) if mlp_ratio > 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channel_first:
+            x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.op(self.norm(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2) if self.channel_first else x
+
+
+def _uniform(bound: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def _parse_forward_type(forward_type: str) -> list[str]:
+    """VMamba's type name with its postfixes, as [type, postfix, ...]; ValueError for what is not supported."""
+    name, *postfixes = forward_type.split("_")
+    options = [name] + [f"_{postfix}" for postfix in postfixes]
+    if name not in FORWARD_TYPES or not set(options[1:]) <= set(POSTFIXES):
+        raise ValueError(
+            f"forward_type: expected one of {', '.join(FORWARD_TYPES)} with postfixes of {', '.join(POSTFIXES)}, "
+            f"found {forward_type!r}"
+        )
+    return options
