@@ -89,8 +89,8 @@ inline void store_row(const float* row, int64_t width, Half* target) {
                      _mm256_cvtps_ph(_mm256_loadu_ps(row + i), _MM_FROUND_TO_NEAREST_INT));
   }
   for (; i < width; ++i) {
-    target[i].bits = static_cast<uint16_t>(
-        _mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(row[i]), _MM_FROUND_TO_NEAREST_INT)));
+    target[i].bits =
+        static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(row[i]), _MM_FROUND_TO_NEAREST_INT)));
   }
 }
 #endif
@@ -113,9 +113,12 @@ inline void for_rows(const Rows& rows, int64_t first, int64_t last, Function f) 
 template <class Function>
 inline void with_element(DType dtype, float, Function f) {
   switch (dtype) {
-    case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::f16: return f(static_cast<Half*>(nullptr));
-    default: return f(static_cast<float*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::f16:
+      return f(static_cast<Half*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
   }
 }
 template <class Function>
@@ -129,9 +132,8 @@ inline void load_tile(const Rows& rows, int64_t first, int64_t last, int64_t wid
   with_element(rows.dtype, Real(), [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     if (width == kLanes && stride == kLanes) {  // a constant width makes straight-line code
-      return for_rows<Element>(rows, first, last, [&](int64_t i, const Element* row) {
-        load_row(row, kLanes, tile + i * kLanes);
-      });
+      return for_rows<Element>(rows, first, last,
+                               [&](int64_t i, const Element* row) { load_row(row, kLanes, tile + i * kLanes); });
     }
     for_rows<Element>(rows, first, last, [&](int64_t i, const Element* row) {
       load_row(row, width, tile + i * stride);

@@ -110,10 +110,14 @@ void merge(const CrossScanProblem& p, const void* y, void* out, int threads) {
 
 void cross_scan(const CrossScanProblem& problem, int64_t element_bytes, const void* image, void* out, int threads) {
   switch (element_bytes) {
-    case 1: return scan<uint8_t>(problem, image, out, threads);
-    case 2: return scan<uint16_t>(problem, image, out, threads);
-    case 4: return scan<uint32_t>(problem, image, out, threads);
-    case 8: return scan<uint64_t>(problem, image, out, threads);
+    case 1:
+      return scan<uint8_t>(problem, image, out, threads);
+    case 2:
+      return scan<uint16_t>(problem, image, out, threads);
+    case 4:
+      return scan<uint32_t>(problem, image, out, threads);
+    case 8:
+      return scan<uint64_t>(problem, image, out, threads);
     default:
       throw std::invalid_argument("cross_scan: element_bytes is " + std::to_string(element_bytes) +
                                   ", expected 1, 2, 4 or 8");
@@ -122,10 +126,14 @@ void cross_scan(const CrossScanProblem& problem, int64_t element_bytes, const vo
 
 void cross_merge(const CrossScanProblem& problem, DType dtype, const void* y, void* out, int threads) {
   switch (dtype) {
-    case DType::f32: return merge<float, float>(problem, y, out, threads);
-    case DType::bf16: return merge<float, BFloat16>(problem, y, out, threads);
-    case DType::f16: return merge<float, Half>(problem, y, out, threads);
-    case DType::f64: return merge<double, double>(problem, y, out, threads);
+    case DType::f32:
+      return merge<float, float>(problem, y, out, threads);
+    case DType::bf16:
+      return merge<float, BFloat16>(problem, y, out, threads);
+    case DType::f16:
+      return merge<float, Half>(problem, y, out, threads);
+    case DType::f64:
+      return merge<double, double>(problem, y, out, threads);
   }
   throw std::invalid_argument("cross_merge: unknown dtype " + std::to_string(static_cast<int>(dtype)));
 }

@@ -21,7 +21,7 @@ struct Rows {
 
 struct Scan {
   int64_t tokens, pieces;
-  bool reverse;  // from the last token of the axis to the first
+  bool reverse;             // from the last token of the axis to the first
   int states, rank, lanes;  // lanes: the block's channels, at most kLanes
   bool zoh, shared_decay, softplus;
   Rows x, delta, dt, bc;  // [tokens][lanes], [tokens][lanes] (rank == 0), [tokens][rank], [tokens][2 states]

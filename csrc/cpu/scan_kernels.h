@@ -151,8 +151,8 @@ inline void with_variant(const Scan& scan, const Tiles<Real>& tiles, Function f)
 }
 
 template <class Real, bool Zoh, bool Shared, bool Bounded>
-__attribute__((noinline)) void forward_piece(const Scan& scan, const Parameters<Real>& parameters, const Tiles<Real>& tiles, int64_t tokens,
-                   Real* state, Real* y) {
+__attribute__((noinline)) void forward_piece(const Scan& scan, const Parameters<Real>& parameters,
+                                             const Tiles<Real>& tiles, int64_t tokens, Real* state, Real* y) {
   constexpr int V = kBlockVectors<Real>, W = kWidth<Real>;
   using Vec = Vector<Real>;
   const int states = scan.states;
@@ -205,7 +205,8 @@ void forward(const Scan& scan, int64_t first, int64_t count, Real* state, Real* 
     tiles.template read<false>(scan, parameters, piece);
     with_variant(scan, tiles, [&](auto variant) {
       using V = decltype(variant);
-      forward_piece<Real, V::kZoh, V::kShared, V::kBounded>(scan, parameters, tiles, piece.last - piece.first, state, y);
+      forward_piece<Real, V::kZoh, V::kShared, V::kBounded>(scan, parameters, tiles, piece.last - piece.first, state,
+                                                            y);
     });
   }
 }
@@ -221,12 +222,13 @@ int64_t forward_workspace(int states, int rank) {
 // What the backward pass keeps of a piece.
 template <class Real>
 struct History {
-  Real* h;        // [1 + tokens][kStateBlock][kLanes], states before the first token and after each, in scan order
-  Real *e, *bbar; // [tokens][kStateBlock or 1][kLanes], in scan order
-  Real* dy;       // [tokens][kLanes]
-  Real* dinput;   // [tokens][kLanes] sum_n dh_n B_n, and times bbar_n when it differs between the states
-  Real* dstep;    // [tokens][kLanes] gradient of the step through exp(step A_n) and bbar_n; with a shared decay, of step A
-  Real* sums;     // [decays + rank + 2][kLanes] the piece's part of the gradients of the parameters
+  Real* h;         // [1 + tokens][kStateBlock][kLanes], states before the first token and after each, in scan order
+  Real *e, *bbar;  // [tokens][kStateBlock or 1][kLanes], in scan order
+  Real* dy;        // [tokens][kLanes]
+  Real* dinput;    // [tokens][kLanes] sum_n dh_n B_n, and times bbar_n when it differs between the states
+  Real*
+      dstep;   // [tokens][kLanes] gradient of the step through exp(step A_n) and bbar_n; with a shared decay, of step A
+  Real* sums;  // [decays + rank + 2][kLanes] the piece's part of the gradients of the parameters
   Real *db, *dc;  // [kStateBlock][kWidth] rows to be summed over their lanes
   Real* mask;     // [kLanes] all bits set for the block's channels, none for the padding
 
@@ -302,8 +304,8 @@ template <bool Zoh, bool Shared, bool Bounded>
 __attribute__((noinline)) void Backward<Real>::rebuild(int first_state, int count, const Real* saved) {
   constexpr int V = kBlockVectors<Real>, W = kWidth<Real>;
   using Vec = Vector<Real>;
-  const Real *scaled = parameters.scaled + (Shared ? 0 : first_state * kLanes);
-  const Real *inverse = parameters.inverse + (Shared ? 0 : first_state * kLanes);
+  const Real* scaled = parameters.scaled + (Shared ? 0 : first_state * kLanes);
+  const Real* inverse = parameters.inverse + (Shared ? 0 : first_state * kLanes);
   for (int n = 0; n < count; ++n) {
     for (int lane = 0; lane < kLanes; ++lane) {
       history.h[n * kLanes + lane] = lane < scan.lanes ? saved[(first_state + n) * scan.channels + lane] : 0;
@@ -492,7 +494,8 @@ void Backward<Real>::piece(int64_t scan_index, int64_t slot) {
       rebuild<V::kZoh, V::kShared, V::kBounded>(n, count, saved);
       sweep<V::kZoh, V::kShared>(n, count);
     }
-    finish<V::kZoh, V::kShared>(gradients.dx + slot * kLanes, gradients.ddelta ? gradients.ddelta + slot * kLanes : nullptr);
+    finish<V::kZoh, V::kShared>(gradients.dx + slot * kLanes,
+                                gradients.ddelta ? gradients.ddelta + slot * kLanes : nullptr);
   });
   // Long sums in double: a million tokens in float would cost digits.
   for (int i = 0; i < sums; ++i) gradients.parameters[i] += history.sums[i];
@@ -545,8 +548,8 @@ void store_sum(const Rows& rows, int64_t first, int64_t last, const Real* const*
 }
 
 template <class Real>
-constexpr Kernels<Real> kKernels = {forward_workspace<Real>, backward_workspace<Real>, forward<Real>,
-                                    backward<Real>,          add<Real>,                store_sum<Real>};
+constexpr Kernels<Real> kKernels = {
+    forward_workspace<Real>, backward_workspace<Real>, forward<Real>, backward<Real>, add<Real>, store_sum<Real>};
 
 }  // namespace
 

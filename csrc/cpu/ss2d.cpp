@@ -29,8 +29,8 @@ Isa choose_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     best = Isa::avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       best = Isa::avx512;
     }
   }
@@ -48,11 +48,9 @@ template <class Real>
 const Kernels<Real>& kernels();
 
 #if defined(__x86_64__)
-#define DIFFMF_SELECT(table)                            \
-  static const Isa isa = choose_isa();                  \
-  return isa == Isa::avx512 ? avx512::table             \
-         : isa == Isa::avx2 ? avx2::table               \
-                            : baseline::table;
+#define DIFFMF_SELECT(table)           \
+  static const Isa isa = choose_isa(); \
+  return isa == Isa::avx512 ? avx512::table : isa == Isa::avx2 ? avx2::table : baseline::table;
 #else
 #define DIFFMF_SELECT(table)           \
   static const Isa isa = choose_isa(); \
@@ -82,9 +80,12 @@ Buffer<T> allocate(int64_t count) {
 
 int64_t element_size(DType dtype) {
   switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    default: return 2;
+    case DType::f64:
+      return 8;
+    case DType::f32:
+      return 4;
+    default:
+      return 2;
   }
 }
 
@@ -236,9 +237,8 @@ class PathSum {
     first_item_ = first_item;
     const SS2DProblem& p = plan_.problem;
     const int64_t bytes = plan_.tokens * p.channels * sizeof(Real);
-    team.for_each(items * p.modalities, [&](int64_t i, int) {
-      std::memset(sum_image(i / p.modalities, i % p.modalities), 0, bytes);
-    });
+    team.for_each(items * p.modalities,
+                  [&](int64_t i, int) { std::memset(sum_image(i / p.modalities, i % p.modalities), 0, bytes); });
   }
 
   int64_t units(int64_t items) const { return items * plan_.problem.modalities * plan_.blocks * bands_; }
@@ -329,8 +329,8 @@ void forward(const SS2DProblem& p, const SS2DInputs& in, const SS2DOutputs& out,
         plan.kernels.forward(plan.scan(in, out.states, id), plan.segment_first(segment), plan.segment_count(segment),
                              state.get() + i * state_size, scan_slots, workspace.get() + thread * workspace_size);
         if (y) return;
-        const Rows rows = plan.rows(p.dtype, out.y, plan.contiguous(p.channels, false), id.m, id.b, 0,
-                                    id.block * kLanes);
+        const Rows rows =
+            plan.rows(p.dtype, out.y, plan.contiguous(p.channels, false), id.m, id.b, 0, id.block * kLanes);
         plan.store_segment(rows, 0, segment, scan_slots, kLanes, plan.lanes(id.block));
       });
       if (y) team.for_each(y->units(items), [&](int64_t unit, int) { y->add(unit, segment, slots.get()); });
@@ -361,8 +361,8 @@ void store_dproj(const Plan<Real>& plan, const SS2DGradients& gradients, const R
   const Piece piece = scan_piece(plan.tokens, plan.pieces, plan.reverse(k), plan.segment_first(segment) + i);
   std::vector<const Real*> shares;
   const auto store = [&](int64_t channel, int64_t channels) {
-    const Rows rows = plan.rows(p.dtype, gradients.dproj, plan.contiguous(width, true), m, first_item + item, k,
-                                channel);
+    const Rows rows =
+        plan.rows(p.dtype, gradients.dproj, plan.contiguous(width, true), m, first_item + item, k, channel);
     plan.kernels.store_sum(rows, piece.first, piece.last, shares.data(), static_cast<int>(shares.size()), width,
                            channels);
   };

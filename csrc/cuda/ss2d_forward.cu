@@ -108,7 +108,6 @@ __device__ float walk_chunk(const ForwardParams<T>& p, const ForwardShared<T>& s
     float2* tile_token = shared.token + (tile & 1) * kTile * channels;
     float* tile_before = shared.before + (tile & 1) * kTile * channels;
     store_rows(p, track, columns, places, rows, tile_rows);
-    if (tile + 1 < tiles) place_tile(p, track, first_token(tile + 1), end, shared.places + (~tile & 1) * kTile);
     __syncthreads();
     const int first_slot = recomputed(slot);
     float before[kTile];
@@ -133,8 +132,10 @@ __device__ float walk_chunk(const ForwardParams<T>& p, const ForwardShared<T>& s
       tile_token[t * channels + moved_c] = make_float2(valid ? step.value : 0.f, x[i]);
       if constexpr (kOutput) tile_before[t * channels + moved_c] = before[i];
     }
-    if (tile + 1 < tiles) fetch(tile + 1);
+    // Between the barriers nobody reads the other half of `places`: its tile is computed, the next not yet fetched.
+    if (tile + 1 < tiles) place_tile(p, track, first_token(tile + 1), end, shared.places + (~tile & 1) * kTile);
     __syncthreads();
+    if (tile + 1 < tiles) fetch(tile + 1);
 
     if constexpr (kOutput) {
       const bool enters_piece = tile == 0 || (track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0

@@ -1,0 +1,1 @@
+"""DIFF-MF: difference-driven channel-spatial state space model for infrared-visible image fusion."""

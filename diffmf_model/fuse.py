@@ -1,0 +1,122 @@
+"""`diffmf fuse`: one pair, two folders, or the pair that the package carries."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .checkpoint import load_model, select_device
+from .data import Pair, check_same_size, listed, match_folders
+from .errors import UserError
+from .images import is_colour, luma, make_folder, read_image, rgb_to_ycbcr, write_png, ycbcr_to_rgb
+
+ASSETS = Path(__file__).parent / "assets"
+SAMPLE = Pair("sample", ASSETS / "sample_ir.png", ASSETS / "sample_vi.png")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ir", nargs="?", metavar="IR", help="infrared image or folder (default: the bundled pair)")
+    parser.add_argument("vi", nargs="?", metavar="VI", help="visible image or folder, its names matching IR's")
+    parser.add_argument("--output", metavar="OUT", help="PNG file or folder to write (default: fused.png or fused/)")
+    parser.add_argument("--weights", metavar="W", help="model file (default: the weights that the package carries)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--grey", action="store_true", help="write grey images also where the visible one has colour")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = select_device(args.device)
+    if args.ir is None:
+        return _fuse_file(SAMPLE, args, device)
+    if args.vi is None:
+        raise UserError(f"VI: expected the visible image or folder that belongs to {args.ir}, found nothing")
+    ir, vi = Path(args.ir), Path(args.vi)
+    for path in (ir, vi):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    if ir.is_dir() != vi.is_dir():
+        folder, file = (ir, vi) if ir.is_dir() else (vi, ir)
+        raise UserError(f"expected two files or two folders, found the folder {folder} and the file {file}")
+    if ir.is_dir():
+        return _fuse_folders(ir, vi, args, device)
+    return _fuse_file(Pair(vi.stem, ir, vi), args, device)
+
+
+def fuse_images(
+    ir: str | Path | torch.Tensor,
+    vi: str | Path | torch.Tensor,
+    model: torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    grey: bool = False,
+) -> torch.Tensor:
+    """Fuses one pair: paths, or float tensors (C, H, W) in [0, 1] with C = 1 … 4 as `images.read_image` gives them.
+
+    model: a network on `device`, in eval mode; None takes the weights that the package carries.
+    Returns (C, H, W) float32 in [0, 1] on the CPU: the fused Y, under the visible image's Cb and Cr where it has colour
+    (unless `grey`), with the visible image's alpha where it has one.
+    Raises UserError for unreadable files, sizes that differ, too little GPU memory and weights that give NaN.
+    """
+    model = load_model(None, device) if model is None else model
+    names = [str(image) if isinstance(image, str | Path) else name for name, image in (("ir", ir), ("vi", vi))]
+    ir, vi = (read_image(image) if isinstance(image, str | Path) else image for image in (ir, vi))
+    check_same_size(*names, ir.shape[1:], vi.shape[1:])
+    y = fuse_luma(model, luma(ir), luma(vi), device).cpu()
+    fused = y if grey or not is_colour(vi) else recolour(y, vi)
+    alpha = vi[-1:] if vi.shape[0] in (2, 4) else vi[:0]
+    return torch.cat((fused, alpha))
+
+
+@torch.inference_mode()
+def fuse_luma(
+    model: torch.nn.Module, ir: torch.Tensor, vi_y: torch.Tensor, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """The network's fused Y of one pair, all (1, H, W) in [0, 1]. Raises UserError as `fuse_images` does."""
+    try:
+        y = model(ir[None].to(device), vi_y[None].to(device))[0].float()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{device} has too little memory for a pair of {ir.shape[2]}x{ir.shape[1]} pixels") from error
+    if not y.isfinite().all():
+        raise UserError("the network gives NaN or Inf for this pair; are the weights good?")
+    return y.clamp(0, 1)
+
+
+def recolour(y: torch.Tensor, vi: torch.Tensor) -> torch.Tensor:
+    """RGB (3, H, W) of a fused Y (1, H, W) under the Cb and Cr of a visible image (3 or 4, H, W)."""
+    return ycbcr_to_rgb(torch.cat((y, rgb_to_ycbcr(vi[:3])[1:])))
+
+
+def _fuse_file(pair: Pair, args: argparse.Namespace, device: torch.device) -> int:
+    output = Path(args.output or "fused.png")
+    if output.is_dir():
+        output = output / f"{pair.name}.png"
+    elif output.suffix.lower() != ".png":
+        raise UserError(f"--output: expected a .png file or an existing folder, found {output}")
+    if any(output.exists() and output.samefile(source) for source in pair[1:] if source.exists()):
+        raise UserError(f"--output: {output} is one of the sources")
+    make_folder(output.parent)
+    write_png(output, fuse_images(pair.ir, pair.vi, load_model(args.weights, device), device, args.grey))
+    print(f"fused {pair.ir} and {pair.vi} into {output.resolve()}")
+    return 0
+
+
+def _fuse_folders(ir: Path, vi: Path, args: argparse.Namespace, device: torch.device) -> int:
+    pairs, unmatched = match_folders(ir, vi)
+    output = Path(args.output or "fused")
+    if output.exists() and any(output.samefile(folder) for folder in (ir, vi)):
+        raise UserError(f"--output: {output} is one of the source folders")
+    make_folder(output)
+    if unmatched:
+        print(f"diffmf: no partner for {len(unmatched)} images: {listed(unmatched)}", file=sys.stderr)
+    model = load_model(args.weights, device)
+    failed = 0
+    for pair in tqdm(pairs, desc="fusing", unit="pair"):
+        try:
+            write_png(output / f"{pair.name}.png", fuse_images(pair.ir, pair.vi, model, device, args.grey))
+        except UserError as error:
+            failed += 1
+            tqdm.write(f"diffmf: {pair.name}: {error}", file=sys.stderr)
+    print(f"fused {len(pairs) - failed} of {len(pairs)} pairs into {output.resolve()}")
+    if failed:
+        print(f"diffmf: {failed} of {len(pairs)} pairs failed", file=sys.stderr)
+    return 1 if failed else 0

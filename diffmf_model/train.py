@@ -1,0 +1,358 @@
+"""`diffmf train`: training on aligned crops, on one process or several (torchrun).
+
+Everything random is a function of the seed and the step (batch order, crops, stochastic depth), so a run that was
+stopped or killed at any moment continues from its last saved state with the same losses, bit for bit on the CPU.
+
+A run folder holds last.safetensors and best.safetensors (model files; the averaged weights where train.ema is set),
+state.safetensors (what --resume continues from), log.jsonl (one line per step), validation.jsonl and tensorboard/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from .checkpoint import read_training_state, restore_training_state, save_model, save_training_state, select_device
+from .config import Config, TrainConfig, load_config, to_dict, updated
+from .data import PairDataset, RandomCrops
+from .errors import UserError
+from .images import atomic_write, make_folder, to_uint8
+from .loss import FusionLoss
+from .metrics import METRICS, evaluate_pair
+from .network import DIFFMF
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="ROOT", help="data set with ir/, vi/ and optionally splits/")
+    parser.add_argument("--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene")
+    parser.add_argument("--output", default="runs/diffmf", metavar="DIR", help="run folder (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as train.epochs=10")
+
+
+def run(args: argparse.Namespace) -> int:
+    with _processes(args.device) as (rank, world, device):
+        folder = make_folder(args.output)
+        state = folder / "state.safetensors"
+        tensors, info = None, None
+        if args.resume and state.exists():
+            tensors, info = read_training_state(state)
+            saved = updated(Config(), info["config"], where=f"{state}: ")
+            config = load_config(args.config, args.overrides, base=saved)
+            _check_continues(state, info, saved, config, world)
+        else:
+            if state.exists():
+                raise UserError(f"{folder}: already holds a run; pass --resume, or another --output")
+            if args.resume and rank == 0:
+                print(f"{folder}: no training state to resume, starting from the beginning", file=sys.stderr)
+            config = load_config(args.config, args.overrides)
+        trainer = Trainer(config, args.data, folder, device, rank, world)
+        if tensors is not None:
+            trainer.restore(state, tensors, info)
+        with trainer:
+            trainer.train()
+    return 0
+
+
+class EpochBatches(Sampler[list[int]]):
+    """This process's batches of an epoch, from a given step on; the remainder below a full global batch is left out."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, world: int, seed: int):
+        self.length, self.batch_size, self.rank, self.world, self.seed = length, batch_size, rank, world, seed
+        self.epoch = self.start = 0
+
+    def set_position(self, epoch: int, start: int) -> None:
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.world)
+
+    def __iter__(self):
+        # The third number keeps this stream apart from the crops', which are seeded by (seed, epoch, index < length).
+        order = np.random.default_rng((self.seed, self.epoch, self.length)).permutation(self.length)
+        for step in range(self.start, len(self)):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield order[first : first + self.batch_size].tolist()
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The rate of a step (from 0): linear warm-up, then constant or half a cosine down to zero."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Trainer:
+    """One run: data, network, optimizer, and the files of the run folder. A context manager that closes the logs.
+
+    Raises UserError when the training split is smaller than one global batch, and, while training, when the loss or the
+    gradient is no longer finite.
+    """
+
+    def __init__(self, config: Config, data: str | Path, folder: Path, device: torch.device, rank: int, world: int):
+        self.config, self.folder, self.device, self.rank, self.world = config, folder, device, rank, world
+        settings = config.train
+        self.score_names = _score_names(settings.best_by)
+        self.crops = RandomCrops(PairDataset(data, split="train"), config.data.crop_size, seed=settings.seed)
+        self.validation_pairs = PairDataset(data, split="val")
+        self.global_batch = config.data.batch_size * world
+        self.batches = EpochBatches(len(self.crops), config.data.batch_size, rank, world, settings.seed)
+        if len(self.batches) == 0:
+            raise UserError(
+                f"{data}: {len(self.crops)} training pairs, expected at least one batch of {config.data.batch_size} "
+                f"for each of {world} processes (data.batch_size)"
+            )
+        workers = config.data.workers
+        self.loader = DataLoader(
+            self.crops,
+            batch_sampler=self.batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        self.total_steps = len(self.batches) * settings.epochs
+        torch.manual_seed(settings.seed)
+        self.model = DIFFMF(config.model).to(device)
+        self.network = DistributedDataParallel(self.model) if world > 1 else self.model
+        self.loss = FusionLoss(config.loss)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
+        self.averaged = None
+        if settings.ema > 0:
+            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+        self.step, self.validations, self.best = 0, 0, None
+        self.started = time.monotonic()
+        self.files = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self.log, self.validation_log, self.board = None, None, None
+        if self.rank == 0:
+            # One line per step and per validation: what a killed run wrote past its last saved state goes.
+            self.log = self.files.enter_context(_reopen(self.folder / "log.jsonl", self.step))
+            self.validation_log = self.files.enter_context(_reopen(self.folder / "validation.jsonl", self.validations))
+            self.board = (
+                _summary_writer(self.folder / "tensorboard", self.step) if self.config.logging.tensorboard else None
+            )
+            if self.board is not None:
+                self.files.enter_context(self.board)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.files.close()
+
+    def restore(self, path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
+        restore_training_state(path, tensors, self.model, self.optimizer, self.averaged)
+        self.step, self.validations, self.best = info["step"], info["validations"], info["best"]
+
+    def train(self) -> None:
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        with tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            disable=self.rank != 0,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        ) as progress:
+            stop, first = False, self.step
+            while self.step < self.total_steps and not stop:
+                epoch, start = divmod(self.step, len(self.batches))
+                progress.set_description(f"epoch {epoch + 1}/{self.config.train.epochs}", refresh=False)
+                self.batches.set_position(epoch, start)
+                self.crops.set_epoch(epoch)
+                for batch in self.loader:
+                    record, stop = self._train_step(batch)
+                    rate = (self.step - first) * self.global_batch / (time.monotonic() - self.started)
+                    progress.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.1f} images/s", refresh=False)
+                    self._after_step(record, stop)
+                    progress.update()
+                    if stop:
+                        break
+        if self.rank == 0:
+            left = f"; --resume continues towards {self.total_steps}" if self.step < self.total_steps else ""
+            best = "" if self.best is None else f", best {self.config.train.best_by} {abs(self.best):.4f}"
+            print(f"{self.folder}: step {self.step} of {self.total_steps}{best}{left}")
+
+    def _train_step(self, batch: dict) -> tuple[dict, bool]:
+        """One optimizer step. Returns the log record and whether the time is up, the same on every process."""
+        settings = self.config.train
+        # Stochastic depth draws from a stream of this step's own.
+        stream = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(stream[0]))
+        rate = learning_rate(settings, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        self.optimizer.zero_grad()
+        ir, vi = (batch[key].to(self.device, non_blocking=True) for key in ("ir", "vi_y"))
+        with self._autocast():
+            fused = self.network(ir, vi)
+        parts = self.loss(fused, ir, vi)
+        parts["total"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)
+        late = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
+        values = torch.stack([*(value.detach() for value in parts.values()), norm, norm.new_tensor(float(late))])
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        total, ssim, texture, intensity, norm, late = values.tolist()
+        if not math.isfinite(total + norm):
+            self._stop_diverged(total, norm, batch["name"])
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        self.step += 1
+        record = {"step": self.step, "epoch": (self.step - 1) // len(self.batches) + 1, "loss": total, "ssim": ssim}
+        record |= {"texture": texture, "intensity": intensity, "gradient_norm": norm, "lr": rate}
+        return record, late > 0
+
+    def _after_step(self, record: dict, stop: bool) -> None:
+        if self.log is not None:
+            self.log.write(json.dumps(record) + "\n")
+        if self.board is not None and self.step % self.config.logging.scalar_steps == 0:
+            for name in ("loss", "ssim", "texture", "intensity", "gradient_norm", "lr"):
+                self.board.add_scalar(f"train/{name}", record[name], self.step)
+        last = self.step == self.total_steps
+        validating = last or self.step % (len(self.batches) * self.config.train.validate_epochs) == 0
+        if validating:
+            self._validate()
+        if validating or stop or self.step % self.config.train.save_steps == 0:
+            self._save()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Loss and fusion metrics of the whole validation pairs; keeps the weights when they are the best so far."""
+        network = self._weights_to_keep().eval()
+        scores = {}
+        for index in range(self.rank, len(self.validation_pairs), self.world):
+            pair = self.validation_pairs[index]
+            ir, vi = (pair[key][None].to(self.device) for key in ("ir", "vi_y"))
+            with self._autocast():
+                fused = network(ir, vi)
+            try:
+                metrics = evaluate_pair(*(to_uint8(image[0]) for image in (fused, ir, vi)))
+            except ValueError as error:
+                raise UserError(f"validation pair {pair['name']}: {error}") from error
+            scores[index] = {"loss": self.loss(fused, ir, vi)["total"].item(), **metrics}
+            if self.board is not None and index < self.config.logging.images:
+                self.board.add_image(f"validation/{pair['name']}", torch.cat([ir, vi, fused], dim=-1)[0], self.step)
+        if self.world > 1:
+            gathered = [None] * self.world
+            dist.all_gather_object(gathered, scores)
+            scores = {index: each for part in gathered for index, each in part.items()}
+        means = {name: float(np.mean([scores[index][name] for index in sorted(scores)])) for name in ("loss", *METRICS)}
+        score = -means["loss"] if self.score_names == ["loss"] else sum(means[name] for name in self.score_names)
+        self.validations += 1
+        better = self.best is None or score > self.best
+        if better:
+            self.best = score
+        if self.rank == 0:
+            self.validation_log.write(json.dumps({"step": self.step, "best": better, **means}) + "\n")
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+            tqdm.write(f"validation at step {self.step}: {shown}{' (best)' if better else ''}", file=sys.stderr)
+            if better:
+                save_model(self.folder / "best.safetensors", network)
+        if self.board is not None:
+            for name, value in means.items():
+                self.board.add_scalar(f"validation/{name}", value, self.step)
+
+    def _save(self) -> None:
+        if self.rank == 0:
+            info = {"step": self.step, "validations": self.validations, "best": self.best}
+            info |= {"global_batch": self.global_batch, "config": to_dict(self.config)}
+            save_model(self.folder / "last.safetensors", self._weights_to_keep())
+            save_training_state(self.folder / "state.safetensors", self.model, self.optimizer, self.averaged, info)
+
+    def _weights_to_keep(self) -> DIFFMF:
+        return self.model if self.averaged is None else self.averaged.module
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    def _stop_diverged(self, loss: float, norm: float, names: list[str]) -> None:
+        if self.world > 1:
+            gathered = [None] * self.world
+            dist.all_gather_object(gathered, list(names))
+            names = [name for part in gathered for name in part]
+        last = self.folder / "last.safetensors"
+        raise UserError(
+            f"loss {loss:g}, gradient norm {norm:g} at step {self.step + 1}, in the batch {', '.join(names)}; "
+            f"last good checkpoint: {last if last.exists() else 'none saved yet'}"
+        )
+
+
+@contextlib.contextmanager
+def _processes(device: str | None):
+    """(rank, world size, device) of this process, joined to torchrun's group where there is one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1, select_device(device)
+        return
+    chosen = select_device(device)
+    if chosen.type == "cuda":
+        chosen = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), world, chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_continues(path: Path, info: dict, saved: Config, config: Config, world: int) -> None:
+    if config.model != saved.model:
+        raise UserError(f"{path}: model settings cannot change when a run is resumed; the run has {saved.model}")
+    if config.train.ema != saved.train.ema and 0 in (config.train.ema, saved.train.ema):
+        raise UserError(f"train.ema: the run has {saved.train.ema:g}, averaging cannot start or end in mid-run")
+    if config.data.batch_size * world != info["global_batch"]:
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} on {world} processes, but the run to resume has a global batch "
+            f"of {info['global_batch']}"
+        )
+
+
+def _score_names(best_by: str) -> list[str]:
+    names = best_by.split("+")
+    if names != ["loss"] and not set(names) <= set(METRICS):
+        raise UserError(
+            f"train.best_by: expected loss, or metrics joined by + ({', '.join(METRICS)}), found {best_by!r}"
+        )
+    return names
+
+
+def _reopen(path: Path, lines: int):
+    """Opens a log for appending after its first `lines` lines. Raises UserError when it cannot be written."""
+    kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if path.exists() else []
+    with atomic_write(path) as file:
+        file.write("".join(kept).encode())
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _summary_writer(folder: Path, step: int):
+    """A TensorBoard writer, or None after saying so where the package is missing: the JSON logs have every number."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        print(
+            f"no TensorBoard curves: {error} (pip install tensorboard, or logging.tensorboard=false)", file=sys.stderr
+        )
+        return None
+    return SummaryWriter(folder, purge_step=step)
