@@ -12,7 +12,6 @@ COMMANDS = {
     "fuse": ("fuse", "fuse infrared-visible pairs"),
     "train": ("train", "train the network"),
     "evaluate": ("evaluate", "score fused images, the model's and others', in one table"),
-    "bench": ("bench", "time operators and models"),
     "info": ("info", "show versions, backends and devices"),
     "flops": ("flops", "count operations, beside the paper's Table VII"),
     "features": ("features", "draw the network's feature maps"),

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -10,17 +11,17 @@ from .extraction import vss_block
 
 def interleave_columns(maps: Tensor) -> Tensor:
     """M^column of Eq. 10: (2, B, H, W, C) -> (B, H, 2W, C), infrared in the even columns."""
-    return maps.permute(1, 2, 3, 0, 4).flatten(2, 3)
+    return rearrange(maps, "m b h w c -> b h (w m) c")
 
 
 def side_by_side(maps: Tensor) -> Tensor:
     """M^row of Eq. 10: (2, B, H, W, C) -> (B, H, 2W, C), infrared on the left."""
-    return maps.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return rearrange(maps, "m b h w c -> b h (m w) c")
 
 
 def stack_channels(maps: Tensor) -> Tensor:
     """M^concat of Eq. 10: (2, B, H, W, C) -> (B, H, W, 2C), infrared first."""
-    return maps.permute(1, 2, 3, 0, 4).flatten(3, 4)
+    return rearrange(maps, "m b h w c -> b h w (m c)")
 
 
 class CrossModalScan(nn.Module):
@@ -39,9 +40,9 @@ class CrossModalScan(nn.Module):
         self.projection = nn.Linear(3 * channels, channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        column = self.column(interleave_columns(maps)).unflatten(2, (-1, 2)).mean(3)
-        row = self.row(side_by_side(maps)).unflatten(2, (2, -1)).mean(2)
-        concat = self.concat(stack_channels(maps)).unflatten(3, (2, -1)).mean(3)
+        column = reduce(self.column(interleave_columns(maps)), "b h (w m) c -> b h w c", "mean", m=2)
+        row = reduce(self.row(side_by_side(maps)), "b h (m w) c -> b h w c", "mean", m=2)
+        concat = reduce(self.concat(stack_channels(maps)), "b h w (m c) -> b h w c", "mean", m=2)
         return self.projection(torch.cat([column, row, concat], dim=-1))
 
 

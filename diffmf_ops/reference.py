@@ -42,8 +42,9 @@ def cross_merge(y: torch.Tensor, shape, paths=(0, 1, 2, 3)) -> torch.Tensor:
 
 def _scan(x, delta, A, B, C, discretization):
     """x, delta (..., L, D); A (..., D, N); B, C (..., L, N) -> y (..., L, D) and the last state (..., D, N)."""
-    state = torch.zeros(torch.broadcast_shapes(x.shape[:-2] + A.shape[-2:-1] + B.shape[-1:]), dtype=x.dtype,
-                        device=x.device)
+    state = torch.zeros(
+        torch.broadcast_shapes(x.shape[:-2] + A.shape[-2:-1] + B.shape[-1:]), dtype=x.dtype, device=x.device
+    )
     outputs = []
     for t in range(x.shape[-2]):
         z = delta[..., t, :, None] * A
@@ -71,7 +72,7 @@ def ss2d(x, proj, dt_weight, dt_bias, A, D=None, *, paths=(0, 1, 2, 3), exchange
         pk = proj[..., k, :].flatten(2, 3)[:, :, order]  # (M, B, L, R + 2N)
         delta = F.softplus(torch.einsum("mblr,mdr->mbld", pk[..., :rank], dt_weight[:, k]) + dt_bias[:, None, None, k])
         exchanged = pk[source[exchange]]
-        B, C = exchanged[..., rank:rank + states], exchanged[..., rank + states:]
+        B, C = exchanged[..., rank : rank + states], exchanged[..., rank + states :]
         y, _ = _scan(xk, delta, A[:, None, k], B, C, discretization)
         if D is not None:
             y = y + D[:, None, None, k] * xk

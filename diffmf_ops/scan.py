@@ -127,9 +127,7 @@ def backward(form, dy, states, x, proj, delta, dt_weight, dt_bias, A, D):
     device = x.device
     with backend.on(device):
         parts = getattr(backend.module(), f"ss2d_backward_parts_{device.type}")(call.problem)
-    sums = [
-        None if t is None else torch.empty((parts, *t.shape), dtype=t.dtype, device=t.device) for t in parameters
-    ]
+    sums = [None if t is None else torch.empty((parts, *t.shape), dtype=t.dtype, device=t.device) for t in parameters]
     gradients = backend.module().SS2DGradients(
         _address(dy), _address(states), call.per_path, *map(_address, (dx, dproj, ddelta)), *map(_address, sums)
     )

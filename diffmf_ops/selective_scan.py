@@ -182,9 +182,7 @@ def _selective_scan_backward(
     D: torch.Tensor | None,
     delta_bias: torch.Tensor | None,
     delta_softplus: bool,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias (empty where that input is None)."""
     groups, n = B.shape[1], A.shape[1]
     dx, dproj, ddelta, _, dbias, dA, dD = scan.backward(
@@ -212,6 +210,7 @@ def _save_inputs(ctx, inputs, output):
         raise RuntimeError(
             "selective_scan: a gradient is wanted, but the states were not saved; call diffmf_ops.selective_scan"
         )
+    ctx.set_materialize_grads(False)  # no zeros the size of the states as their gradient
     ctx.save_for_backward(output[2], *tensors)
 
 

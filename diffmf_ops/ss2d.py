@@ -186,6 +186,7 @@ def _save_inputs(ctx, inputs, output):
     *tensors, ctx.paths, ctx.exchange, ctx.discretization, save_states = inputs
     if not save_states:
         raise RuntimeError("ss2d: a gradient is wanted, but the states were not saved; call diffmf_ops.ss2d")
+    ctx.set_materialize_grads(False)  # no zeros the size of the states as their gradient
     ctx.save_for_backward(output[1], *tensors)
 
 

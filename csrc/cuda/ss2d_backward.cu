@@ -97,7 +97,7 @@ struct Seat {
 
 // Stages the tile of tokens [q0, q0 + kTile): rows, steps, x and dy. Between two barriers.
 template <typename T>
-__device__ void stage_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
+__device__ __noinline__ void stage_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
                            const Seat<T>& seat, const Columns& columns, int q0, int end) {
   __syncthreads();  // the tile before is no longer needed
   place_tile(p, track, q0, end, shared.places);
@@ -105,43 +105,41 @@ __device__ void stage_tile(const BackwardParams<T>& p, const BackwardShared<T>& 
   RowRegs rows;
   fetch_rows(p, track, columns, shared.places, rows);
   const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens * p.channels + seat.first_d + seat.moved_c;
-  float x[kTile], dy[kTile];
   const int slot = recomputed(seat.slot);
-#pragma unroll
-  for (int i = 0; i < kTile; ++i) {
-    const int t = slot + i * p.state_lanes;
-    x[i] = dy[i] = 0.f;
-    if (t < kTile && seat.moves && shared.places[t].valid) {
-      x[i] = decode(track.x[shared.places[t].x + seat.moved_c], p.is_bf16);
-      dy[i] = decode(p.dy[image + shared.places[t].pixel * p.channels], p.is_bf16);
-    }
+#pragma unroll 2
+  for (int t = slot; t < kTile; t += p.state_lanes) {
+    const TokenPlace place = shared.places[t];
+    const bool valid = seat.moves && place.valid;
+    Token& token = shared.token[t * p.block_channels + seat.moved_c];
+    token.x = valid ? decode(track.x[place.x + seat.moved_c], p.is_bf16) : 0.f;
+    token.dy = valid ? decode(p.dy[image + place.pixel * p.channels], p.is_bf16) : 0.f;
   }
   store_rows(p, track, columns, shared.places, rows, shared.rows);
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kTile; ++i) {
-    const int t = slot + i * p.state_lanes;
-    if (t >= kTile) break;
+#pragma unroll 2
+  for (int t = slot; t < kTile; t += p.state_lanes) {
     const bool valid = shared.places[t].valid;
     float delta = 0.f;
     if (track.delta != nullptr && seat.moves && valid)
       delta = decode(track.delta[offset_of(p.delta_strides, pixel_of(p, track.axis, q0 + t)) + seat.moved_c], p.is_bf16);
     const Step step = token_step(p, shared.rows + t * p.pitch, shared.weight, seat.moved_c, seat.bias, delta);
+    Token& token = shared.token[t * p.block_channels + seat.moved_c];
     // A token past the end must leave state and gradients alone: step 0 means decay 1 and nothing added.
-    shared.token[t * p.block_channels + seat.moved_c] = {valid ? step.value : 0.f, x[i], dy[i], step.slope};
+    token.step = valid ? step.value : 0.f;
+    token.slope = step.slope;
   }
   __syncthreads();
 }
 
-// Decay and input weight of one token and state: h = decay * h + weight * B with weight = bbar * x.
+// Decay and input weight of one token and state: h = decay * h + bbar * x * B. step2 = step * log2(e).
 struct Advance {
-  float decay, z, bbar;
+  float decay, bbar;
 };
 template <bool kZoh>
-__device__ inline Advance advance_of(float step, float a, float a2, float shared_decay, bool is_shared) {
-  const float decay = is_shared ? shared_decay : exp2_fast(step * a2);
-  if constexpr (kZoh) return {decay, step * a, zoh_weight(step, step * a, decay, a)};
-  return {decay, 0.f, step};
+__device__ inline Advance advance_of(float step, float step2, float a, float shared_decay, bool is_shared) {
+  const float decay = is_shared ? shared_decay : exp2_fast(step2 * a);
+  if constexpr (kZoh) return {decay, zoh_weight(step, step * a, decay, a)};
+  return {decay, step};
 }
 
 // Phase 1: the gradient that a chunk hands to the chunk scanned before it, from a zero start, and its sum of steps.
@@ -221,16 +219,14 @@ struct Contribution {
 
 // After a tile: dx and dproj of its tokens to memory, and the sums over tokens of the parameter gradients.
 template <typename T, int NS, bool kSharedDecay>
-__device__ void finish_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
+__device__ __noinline__ void finish_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
                             const Seat<T>& seat, const Contribution& part,
                             ParameterGradients<NS, kSharedDecay>& grads) {
   const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens;
   const int64_t source_image = (int64_t{p.source(track.m)} * p.batch + track.b) * p.tokens;
   const int channels = p.block_channels;
-#pragma unroll
-  for (int i = 0; i < kTile; ++i) {
-    const int t = seat.slot + i * p.state_lanes;
-    if (t >= kTile) break;
+#pragma unroll 1
+  for (int t = seat.slot; t < kTile; t += p.state_lanes) {
     const TokenPlace place = shared.places[t];
     if (!seat.moves || !place.valid) continue;
     const Token token = shared.token[t * channels + seat.moved_c];
@@ -328,11 +324,12 @@ __device__ void walk_back(const BackwardParams<T>& p, const BackwardShared<T>& s
         float b[NS];
         read_states<NS>(shared.rows + t * p.pitch + seat.lane * NS, b);
         float shared_decay = 0.f;
-        if constexpr (kSharedDecay) shared_decay = exp2_fast(token.step * (a[0] * kLog2e));
+        const float step2 = token.step * kLog2e;
+        if constexpr (kSharedDecay) shared_decay = exp2_fast(step2 * a[0]);
 #pragma unroll
         for (int j = 0; j < NS; ++j) {
           const float a_j = a[kSharedDecay ? 0 : j];
-          const Advance to = advance_of<kZoh>(token.step, a_j, a_j * kLog2e, shared_decay, kSharedDecay);
+          const Advance to = advance_of<kZoh>(token.step, step2, a_j, shared_decay, kSharedDecay);
           h[j] = fmaf(to.decay, h[j], to.bbar * token.x * b[j]);
         }
       }
@@ -350,11 +347,12 @@ __device__ void walk_back(const BackwardParams<T>& p, const BackwardShared<T>& s
         const Token token = shared.token[t * channels + seat.c];
         float b[NS];
         read_states<NS>(shared.rows + t * p.pitch + seat.lane * NS, b);
-        if constexpr (kSharedDecay) decay[i][0] = exp2_fast(token.step * (a[0] * kLog2e));
+        const float step2 = token.step * kLog2e;
+        if constexpr (kSharedDecay) decay[i][0] = exp2_fast(step2 * a[0]);
 #pragma unroll
         for (int j = 0; j < NS; ++j) {
           const float a_j = a[kSharedDecay ? 0 : j];
-          const Advance to = advance_of<kZoh>(token.step, a_j, a_j * kLog2e, decay[i][0], kSharedDecay);
+          const Advance to = advance_of<kZoh>(token.step, step2, a_j, decay[i][0], kSharedDecay);
           if constexpr (!kSharedDecay) decay[i][j] = to.decay;
           state[i + 1][j] = fmaf(to.decay, state[i][j], to.bbar * token.x * b[j]);
         }

@@ -226,7 +226,8 @@ __device__ inline void for_row_share(const Params<T>& p, const Columns& columns,
   int t = thread >> p.row_shift, j = lane;
 #pragma unroll
   for (int e = 0; e < kRowRegs; ++e) {
-    if (t < kTile && j < columns.count) f(e, t, j >= columns.skipped_from ? j + columns.skipped : j);
+    if (t >= kTile) break;
+    if (j < columns.count) f(e, t, j >= columns.skipped_from ? j + columns.skipped : j);
     j += lanes;
     if (j >= columns.count) {
       j = lane;

@@ -53,9 +53,7 @@ def capture(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("exchange", ["none", "mutual", "from_visible"])
 def test_one_kernel_node_per_pass(dtype, exchange):
-    tensors = make_inputs(
-        modalities=2, height=96, width=160, channels=64, states=16, device="cuda", dtype=dtype
-    )
+    tensors = make_inputs(modalities=2, height=96, width=160, channels=64, states=16, device="cuda", dtype=dtype)
     tensors = [t.requires_grad_() for t in tensors]
     with torch.no_grad():
         graph, y = capture(lambda: ss2d(*tensors, exchange=exchange))

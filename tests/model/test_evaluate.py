@@ -41,8 +41,10 @@ def test_table_and_files(tmp_path, pairs, average, command):
     for name in "ac":
         ir, vi = (read_image(root / folder / f"{name}.png") for folder in ("ir", "vi"))
         fused = to_uint8((ir + luma(vi)) / 2)
-        assert per_image["DIFF-MF"][name] == evaluate_pair(fused, to_uint8(ir), to_uint8(vi))
-        assert per_image["other"][name] == evaluate_pair(to_uint8(ir.flip(1)), to_uint8(ir), to_uint8(vi))
+        assert per_image["DIFF-MF"][name] == pytest.approx(evaluate_pair(fused, to_uint8(ir), to_uint8(vi)))
+        assert per_image["other"][name] == pytest.approx(
+            evaluate_pair(to_uint8(ir.flip(1)), to_uint8(ir), to_uint8(vi))
+        )
     with open(tmp_path / "out/metrics.csv", newline="") as file:
         written = {row["method"]: row for row in csv.DictReader(file)}
     for method, scores in per_image.items():
@@ -136,6 +138,8 @@ def test_bad_input(tmp_path, pairs, picture, average, fails):
 
 def test_published_scores_enter_the_table(tmp_path, data, average, command):
     published = data / "reference_metrics" / "tardal.json"
+    if not published.is_file():
+        pytest.skip(f"no {published}")
     names = tmp_path / "names.txt"
     names.write_text("17\n05\n")
     status, stdout, _ = command("evaluate", "--data", data / "tno", "--names", names, "--methods", published)

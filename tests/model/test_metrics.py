@@ -20,7 +20,10 @@ def levels(rng, height=60, width=70, channels=1) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["seafusion", "u2fusion"])
 def test_published_images_score_as_the_reference_says(data, method):
-    reference = json.loads((data / "reference_metrics" / f"{method}.json").read_text())["per_image"]
+    published = data / "reference_metrics" / f"{method}.json"
+    if not published.is_file():
+        pytest.skip(f"no {published}")
+    reference = json.loads(published.read_text())["per_image"]
     for name in sorted(reference)[3::11]:  # all 84 were run once: worst 1.9e-4 (SSIM), otherwise 1.5e-6
         paths = (data / "tno_fused" / method, data / "tno" / "ir", data / "tno" / "vi")
         images = [torch.from_numpy(decode(path / f"{name}.png").copy()).permute(2, 0, 1) for path in paths]
