@@ -1,4 +1,4 @@
-"""Fused 2-D selective scans for PyTorch: CrossScan, selective scan and CrossMerge in one kernel, forward and backward."""
+"""Fused 2-D selective scans: CrossScan, selective scan and CrossMerge in one kernel, forward and backward."""
 
 from .backend import has_cuda, import_error
 from .cross_scan import cross_merge, cross_scan

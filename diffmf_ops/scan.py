@@ -99,7 +99,7 @@ class _Call:
 
 
 def forward(form, x, proj, delta, dt_weight, dt_bias, A, D, *, save_states=False, last_state=False):
-    """Returns y (M, B, H, W, D), the saved states and the last state (M, B, K, N, D); empty tensors where not wanted."""
+    """Returns y (M, B, H, W, D), the saved states and the last state (M, B, K, N, D); empty where not wanted."""
     rank = 0 if dt_weight is None else dt_weight.shape[-1]
     shape = states_shape(x, proj, rank)
     state = {"dtype": parameter_dtype(x.dtype), "device": x.device}

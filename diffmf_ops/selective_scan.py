@@ -215,6 +215,8 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, _dlast, _dstates):
+    if dy is None:
+        return (None,) * 10
     *gradients, dD, dbias = _selective_scan_backward(dy, *ctx.saved_tensors, ctx.delta_softplus)
     D, delta_bias = ctx.saved_tensors[-2:]
     return *gradients, None if D is None else dD, None if delta_bias is None else dbias, None, None, None

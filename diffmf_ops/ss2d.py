@@ -191,6 +191,8 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, _dstates):
+    if dy is None:
+        return (None,) * 10
     gradients = _ss2d_backward(dy, *ctx.saved_tensors, ctx.paths, ctx.exchange, ctx.discretization)
     has_skip = ctx.saved_tensors[-1] is not None
     return *gradients[:5], gradients[5] if has_skip else None, None, None, None, None

@@ -97,21 +97,21 @@ struct Seat {
 
 // Stages the tile of tokens [q0, q0 + kTile): rows, steps, x and dy. Between two barriers.
 template <typename T>
-__device__ __noinline__ void stage_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
+__device__ void stage_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
                            const Seat<T>& seat, const Columns& columns, int q0, int end) {
+  const int slot = recomputed(seat.slot), moved_c = recomputed(seat.moved_c);
   __syncthreads();  // the tile before is no longer needed
   place_tile(p, track, q0, end, shared.places);
   __syncthreads();
   RowRegs rows;
   fetch_rows(p, track, columns, shared.places, rows);
-  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens * p.channels + seat.first_d + seat.moved_c;
-  const int slot = recomputed(seat.slot);
+  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens * p.channels + seat.first_d + moved_c;
 #pragma unroll 2
   for (int t = slot; t < kTile; t += p.state_lanes) {
     const TokenPlace place = shared.places[t];
     const bool valid = seat.moves && place.valid;
-    Token& token = shared.token[t * p.block_channels + seat.moved_c];
-    token.x = valid ? decode(track.x[place.x + seat.moved_c], p.is_bf16) : 0.f;
+    Token& token = shared.token[t * p.block_channels + moved_c];
+    token.x = valid ? decode(track.x[place.x + moved_c], p.is_bf16) : 0.f;
     token.dy = valid ? decode(p.dy[image + place.pixel * p.channels], p.is_bf16) : 0.f;
   }
   store_rows(p, track, columns, shared.places, rows, shared.rows);
@@ -121,9 +121,9 @@ __device__ __noinline__ void stage_tile(const BackwardParams<T>& p, const Backwa
     const bool valid = shared.places[t].valid;
     float delta = 0.f;
     if (track.delta != nullptr && seat.moves && valid)
-      delta = decode(track.delta[offset_of(p.delta_strides, pixel_of(p, track.axis, q0 + t)) + seat.moved_c], p.is_bf16);
-    const Step step = token_step(p, shared.rows + t * p.pitch, shared.weight, seat.moved_c, seat.bias, delta);
-    Token& token = shared.token[t * p.block_channels + seat.moved_c];
+      delta = decode(track.delta[offset_of(p.delta_strides, pixel_of(p, track.axis, q0 + t)) + moved_c], p.is_bf16);
+    const Step step = token_step(p, shared.rows + t * p.pitch, shared.weight, moved_c, seat.bias, delta);
+    Token& token = shared.token[t * p.block_channels + moved_c];
     // A token past the end must leave state and gradients alone: step 0 means decay 1 and nothing added.
     token.step = valid ? step.value : 0.f;
     token.slope = step.slope;
@@ -219,21 +219,22 @@ struct Contribution {
 
 // After a tile: dx and dproj of its tokens to memory, and the sums over tokens of the parameter gradients.
 template <typename T, int NS, bool kSharedDecay>
-__device__ __noinline__ void finish_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
+__device__ void finish_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
                             const Seat<T>& seat, const Contribution& part,
                             ParameterGradients<NS, kSharedDecay>& grads) {
   const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens;
   const int64_t source_image = (int64_t{p.source(track.m)} * p.batch + track.b) * p.tokens;
-  const int channels = p.block_channels;
+  const int channels = p.block_channels, thread = recomputed(threadIdx.x);
+  const int slot = recomputed(seat.slot), moved_c = recomputed(seat.moved_c);
 #pragma unroll 1
-  for (int t = seat.slot; t < kTile; t += p.state_lanes) {
+  for (int t = slot; t < kTile; t += p.state_lanes) {
     const TokenPlace place = shared.places[t];
     if (!seat.moves || !place.valid) continue;
-    const Token token = shared.token[t * channels + seat.moved_c];
-    const float2 grad = shared.grad[t * channels + seat.moved_c];
+    const Token token = shared.token[t * channels + moved_c];
+    const float2 grad = shared.grad[t * channels + moved_c];
     grads.bias += grad.x;
     grads.skip = fmaf(token.dy, token.x, grads.skip);
-    const int64_t pixel = image + place.pixel, d = seat.first_d + seat.moved_c;
+    const int64_t pixel = image + place.pixel, d = seat.first_d + moved_c;
     if (p.ddelta != nullptr) encode(grad.x, p.is_bf16, p.ddelta + (pixel * p.paths + track.k) * p.channels + d);
     const int64_t to = (p.x_per_path ? pixel * p.paths + track.k : pixel) * p.channels + d;
     const float dx = part.first_dx ? grad.y : p.dx_sum[to] + grad.y;
@@ -252,7 +253,7 @@ __device__ __noinline__ void finish_tile(const BackwardParams<T>& p, const Backw
     }
   };
   const int row = p.row(), warps = blockDim.x / 32, columns = 2 * p.padded_states;
-  for (int i = threadIdx.x; i < kTile * 2 * p.states; i += blockDim.x) {
+  for (int i = thread; i < kTile * 2 * p.states; i += blockDim.x) {
     const int t = i / (2 * p.states), j = i % (2 * p.states);
     const TokenPlace place = shared.places[t];
     if (!place.valid) continue;
@@ -265,8 +266,8 @@ __device__ __noinline__ void finish_tile(const BackwardParams<T>& p, const Backw
       encode(0.f, p.is_bf16, p.dproj + ((image + place.pixel) * p.paths + track.k) * row + p.rank + j);
   }
   // d low rank: one warp per (token, r) adds over the channels.
-  for (int i = threadIdx.x / 32; i < kTile * p.rank; i += warps) {
-    const int t = i / p.rank, r = i % p.rank, lane = threadIdx.x % 32;
+  for (int i = thread / 32; i < kTile * p.rank; i += warps) {
+    const int t = i / p.rank, r = i % p.rank, lane = thread % 32;
     float sum = 0.f;
     for (int c = lane; c < channels; c += 32)
       sum = fmaf(shared.grad[t * channels + c].x, shared.weight[r * channels + c], sum);
@@ -275,11 +276,11 @@ __device__ __noinline__ void finish_tile(const BackwardParams<T>& p, const Backw
     if (lane == 0 && place.valid)
       add_to_dproj(((image + place.pixel) * p.paths + track.k) * row + r, sum, part.first_low, part.last_low);
   }
-  for (int r = seat.slot; r < p.rank; r += p.state_lanes) {
-    float sum = shared.dweight[r * channels + seat.moved_c];
+  for (int r = slot; r < p.rank; r += p.state_lanes) {
+    float sum = shared.dweight[r * channels + moved_c];
     for (int t = 0; t < kTile; ++t)
-      sum = fmaf(shared.grad[t * channels + seat.moved_c].x, shared.rows[t * p.pitch + 2 * p.padded_states + r], sum);
-    shared.dweight[r * channels + seat.moved_c] = sum;
+      sum = fmaf(shared.grad[t * channels + moved_c].x, shared.rows[t * p.pitch + 2 * p.padded_states + r], sum);
+    shared.dweight[r * channels + moved_c] = sum;
   }
 }
 
@@ -338,22 +339,21 @@ __device__ void walk_back(const BackwardParams<T>& p, const BackwardShared<T>& s
     for (int tile = tiles - 1; tile >= 0; --tile) {
       const int q0 = piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile;
       stage_tile(p, shared, track, seat, columns_bc(p), q0, end);
-      float state[kTile + 1][NS], decay[kTile][kDecays];
+      float state[kTile + 1][NS];
 #pragma unroll
       for (int j = 0; j < NS; ++j) state[0][j] = shared.history[(tile * NS + j) * blockDim.x + threadIdx.x];
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        const int t = track.reversed ? kTile - 1 - i : i;
+        const int t = recomputed(track.reversed ? kTile - 1 - i : i);
         const Token token = shared.token[t * channels + seat.c];
         float b[NS];
         read_states<NS>(shared.rows + t * p.pitch + seat.lane * NS, b);
         const float step2 = token.step * kLog2e;
-        if constexpr (kSharedDecay) decay[i][0] = exp2_fast(step2 * a[0]);
+        const float shared_decay = kSharedDecay ? exp2_fast(step2 * a[0]) : 0.f;
 #pragma unroll
         for (int j = 0; j < NS; ++j) {
           const float a_j = a[kSharedDecay ? 0 : j];
-          const Advance to = advance_of<kZoh>(token.step, step2, a_j, decay[i][0], kSharedDecay);
-          if constexpr (!kSharedDecay) decay[i][j] = to.decay;
+          const Advance to = advance_of<kZoh>(token.step, step2, a_j, shared_decay, kSharedDecay);
           state[i + 1][j] = fmaf(to.decay, state[i][j], to.bbar * token.x * b[j]);
         }
       }
@@ -361,16 +361,18 @@ __device__ void walk_back(const BackwardParams<T>& p, const BackwardShared<T>& s
       float token_sums[2 * kTile];
 #pragma unroll
       for (int i = kTile - 1; i >= 0; --i) {
-        const int t = track.reversed ? kTile - 1 - i : i;
+        const int t = recomputed(track.reversed ? kTile - 1 - i : i);
         const Token token = shared.token[t * channels + seat.c];
         const float* row = shared.rows + t * p.pitch + seat.lane * NS;
         float b[NS], c[NS], products[2 * NS];  // dB then dC of the thread's states
         read_states<NS>(row, b);
         read_states<NS>(row + p.padded_states, c);
         float step_sum = 0.f, x_sum = 0.f;
+        const float step2 = token.step * kLog2e;
+        const float shared_decay = kSharedDecay ? exp2_fast(step2 * a[0]) : 0.f;
 #pragma unroll
         for (int j = 0; j < NS; ++j) {
-          const float a_j = a[kSharedDecay ? 0 : j], e = decay[i][kSharedDecay ? 0 : j];
+          const float a_j = a[kSharedDecay ? 0 : j], e = kSharedDecay ? shared_decay : exp2_fast(step2 * a_j);
           const float dh = fmaf(c[j], token.dy, g[j]);
           const float dz = dh * e * state[i][j];
           float bbar = token.step, da = token.step * dz;
