@@ -20,8 +20,8 @@ Strides strides(const StrideList& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
 
 SS2DProblem make_problem(DType dtype, const std::array<int64_t, 7>& sizes, const std::vector<int>& paths,
                          Exchange exchange, Discretization discretization, bool shared_decay, bool softplus) {
-  SS2DProblem problem{dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], 0, {}, exchange,
-                      discretization, shared_decay, softplus};
+  SS2DProblem problem{dtype,    sizes[0], sizes[1], sizes[2], sizes[3],       sizes[4],     sizes[5],
+                      sizes[6], 0,        {},       exchange, discretization, shared_decay, softplus};
   if (paths.empty() || paths.size() > kMaxPaths) throw std::invalid_argument("paths: expected 1 to 8");
   for (int path : paths) problem.path[problem.paths++] = path;
   return problem;
@@ -37,9 +37,11 @@ CrossScanProblem make_shape(const std::array<int64_t, 4>& sizes, const std::vect
 SS2DInputs make_inputs(uintptr_t x, const StrideList& x_strides, uintptr_t proj, const StrideList& proj_strides,
                        uintptr_t delta, const StrideList& delta_strides, uintptr_t dt_weight, uintptr_t dt_bias,
                        uintptr_t a, uintptr_t d) {
-  return {pointer(x),     strides(x_strides),     pointer(proj),      strides(proj_strides),
-          pointer(delta), strides(delta_strides), pointer(dt_weight), pointer(dt_bias),
-          pointer(a),     pointer(d)};
+  return {pointer(x),         strides(x_strides),
+          pointer(proj),      strides(proj_strides),
+          pointer(delta),     strides(delta_strides),
+          pointer(dt_weight), pointer(dt_bias),
+          pointer(a),         pointer(d)};
 }
 
 SS2DOutputs make_outputs(uintptr_t y, uintptr_t states, uintptr_t last_state) {
@@ -105,18 +107,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "ss2d_forward_cuda",
       [](const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DOutputs& outputs, uintptr_t workspace,
-         uintptr_t stream) {
-        cuda::ss2d_forward(problem, inputs, outputs, pointer(workspace), pointer(stream));
-      },
+         uintptr_t stream) { cuda::ss2d_forward(problem, inputs, outputs, pointer(workspace), pointer(stream)); },
       no_gil);
   m.def("ss2d_backward_workspace_cuda", &cuda::ss2d_backward_workspace);
   m.def("ss2d_backward_parts_cuda", &cuda::ss2d_backward_parts);
   m.def(
       "ss2d_backward_cuda",
       [](const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DGradients& gradients, uintptr_t workspace,
-         uintptr_t stream) {
-        cuda::ss2d_backward(problem, inputs, gradients, pointer(workspace), pointer(stream));
-      },
+         uintptr_t stream) { cuda::ss2d_backward(problem, inputs, gradients, pointer(workspace), pointer(stream)); },
       no_gil);
   m.def(
       "cross_scan_cuda",

@@ -31,9 +31,7 @@ def check_device(name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError unless this build has kernels for the tensor's device."""
     kind = tensor.device.type
     if kind == "cuda" and not has_cuda() and import_error is None:
-        raise ValueError(
-            f"{name}: on {tensor.device}, but diffmf was built without CUDA; reinstall it with nvcc"
-        )
+        raise ValueError(f"{name}: on {tensor.device}, but diffmf was built without CUDA; reinstall it with nvcc")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{name}: on {tensor.device}, expected a cpu or cuda tensor")
 

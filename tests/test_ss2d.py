@@ -64,7 +64,7 @@ def test_float64_matches_the_reference(problem):
 )
 @pytest.mark.parametrize("exchange", ["none", "from_visible"])
 def test_extreme_shapes(device, height, width, channels, states, rank, paths, exchange):
-    problem = dict(height=height, width=width, channels=channels, states=states, rank=rank, paths=paths)
+    problem = {"height": height, "width": width, "channels": channels, "states": states, "rank": rank, "paths": paths}
     tensors = make_inputs(modalities=1 if exchange == "none" else 2, **problem, device=device)
     check_against_reference(tensors, {"paths": paths, "exchange": exchange}, TOLERANCES[torch.float32])
 

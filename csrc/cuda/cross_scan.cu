@@ -37,7 +37,7 @@ __device__ inline Square square_of(const CrossScanProblem& shape, int64_t index)
 template <typename T>
 __global__ void __launch_bounds__(kSide* kRows)
     cross_scan_kernel(const __grid_constant__ CrossScanProblem shape, const T* x,  // [B, C, H, W]
-                      T* y,                                                      // [B, K, C, H * W]
+                      T* y,                                                        // [B, K, C, H * W]
                       int64_t squares) {
   __shared__ T tile[kSide][kSide + 1];
   const int64_t tokens = shape.height * shape.width;
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kSide* kRows)
       T* to = y + ((b * shape.paths + k) * shape.channels + c) * tokens;
       const bool transposed = shape.path[k] & 1;
       for (int i = threadIdx.y; i < kSide; i += kRows) {
-        const int u = transposed ? static_cast<int>(threadIdx.x) : i, v = transposed ? i : static_cast<int>(threadIdx.x);
+        const int u = transposed ? static_cast<int>(threadIdx.x) : i,
+                  v = transposed ? i : static_cast<int>(threadIdx.x);
         if (at.row + u < shape.height && at.column + v < shape.width)
           to[position_of(shape, shape.path[k], at.row + u, at.column + v)] = tile[u][v];
       }
@@ -73,7 +74,7 @@ __device__ inline void store(float v, __half& to) { to = __float2half_rn(v); }
 template <typename T>
 __global__ void __launch_bounds__(kSide* kRows)
     cross_merge_kernel(const __grid_constant__ CrossScanProblem shape, const T* y,  // [B, K, C, H * W]
-                       T* x,                                                      // [B, C, H, W]
+                       T* x,                                                        // [B, C, H, W]
                        int64_t squares) {
   __shared__ float tile[kSide][kSide + 1];
   const int64_t tokens = shape.height * shape.width;
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kSide* kRows)
       const bool transposed = shape.path[k] & 1;
       __syncthreads();
       for (int i = threadIdx.y; i < kSide; i += kRows) {
-        const int u = transposed ? static_cast<int>(threadIdx.x) : i, v = transposed ? i : static_cast<int>(threadIdx.x);
+        const int u = transposed ? static_cast<int>(threadIdx.x) : i,
+                  v = transposed ? i : static_cast<int>(threadIdx.x);
         if (at.row + u < shape.height && at.column + v < shape.width)
           load(from[position_of(shape, shape.path[k], at.row + u, at.column + v)], tile[u][v]);
       }
@@ -100,8 +102,7 @@ __global__ void __launch_bounds__(kSide* kRows)
 #pragma unroll
     for (int i = 0; i < kSide / kRows; ++i) {
       const int64_t row = at.row + threadIdx.y + i * kRows, column = at.column + threadIdx.x;
-      if (row < shape.height && column < shape.width)
-        store(sum[i], x[at.image * tokens + row * shape.width + column]);
+      if (row < shape.height && column < shape.width) store(sum[i], x[at.image * tokens + row * shape.width + column]);
     }
   }
 }
@@ -109,11 +110,11 @@ __global__ void __launch_bounds__(kSide* kRows)
 template <typename T>
 void launch(void (*kernel)(CrossScanProblem, const T*, T*, int64_t), const CrossScanProblem& shape, const void* from,
             void* to, void* stream) {
-  const int64_t squares = shape.batch * shape.channels * ((shape.height + kSide - 1) / kSide) *
-                          ((shape.width + kSide - 1) / kSide);
+  const int64_t squares =
+      shape.batch * shape.channels * ((shape.height + kSide - 1) / kSide) * ((shape.width + kSide - 1) / kSide);
   const auto grid = static_cast<unsigned>(std::min<int64_t>(squares, 1 << 30));
   kernel<<<grid, dim3(kSide, kRows), 0, static_cast<cudaStream_t>(stream)>>>(shape, static_cast<const T*>(from),
-                                                                            static_cast<T*>(to), squares);
+                                                                             static_cast<T*>(to), squares);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) throw std::runtime_error(std::string("cross_scan launch: ") + cudaGetErrorString(status));
 }
@@ -122,20 +123,29 @@ void launch(void (*kernel)(CrossScanProblem, const T*, T*, int64_t), const Cross
 
 void cross_scan(const CrossScanProblem& shape, int64_t element_size, const void* x, void* y, void* stream) {
   switch (element_size) {
-    case 1: return launch(cross_scan_kernel<uint8_t>, shape, x, y, stream);
-    case 2: return launch(cross_scan_kernel<uint16_t>, shape, x, y, stream);
-    case 4: return launch(cross_scan_kernel<uint32_t>, shape, x, y, stream);
-    case 8: return launch(cross_scan_kernel<uint64_t>, shape, x, y, stream);
-    default: throw std::runtime_error("cross_scan: elements of " + std::to_string(element_size) + " bytes");
+    case 1:
+      return launch(cross_scan_kernel<uint8_t>, shape, x, y, stream);
+    case 2:
+      return launch(cross_scan_kernel<uint16_t>, shape, x, y, stream);
+    case 4:
+      return launch(cross_scan_kernel<uint32_t>, shape, x, y, stream);
+    case 8:
+      return launch(cross_scan_kernel<uint64_t>, shape, x, y, stream);
+    default:
+      throw std::runtime_error("cross_scan: elements of " + std::to_string(element_size) + " bytes");
   }
 }
 
 void cross_merge(const CrossScanProblem& shape, DType dtype, const void* y, void* x, void* stream) {
   switch (dtype) {
-    case DType::f32: return launch(cross_merge_kernel<float>, shape, y, x, stream);
-    case DType::bf16: return launch(cross_merge_kernel<__nv_bfloat16>, shape, y, x, stream);
-    case DType::f16: return launch(cross_merge_kernel<__half>, shape, y, x, stream);
-    default: throw std::runtime_error("cross_merge: float64 runs on the CPU only");
+    case DType::f32:
+      return launch(cross_merge_kernel<float>, shape, y, x, stream);
+    case DType::bf16:
+      return launch(cross_merge_kernel<__nv_bfloat16>, shape, y, x, stream);
+    case DType::f16:
+      return launch(cross_merge_kernel<__half>, shape, y, x, stream);
+    default:
+      throw std::runtime_error("cross_merge: float64 runs on the CPU only");
   }
 }
 

@@ -154,10 +154,13 @@ struct Element {
 template <typename F>
 auto with_element(const SS2DProblem& problem, F&& f) {
   switch (problem.dtype) {
-    case DType::f32: return f(Element<float>{});
+    case DType::f32:
+      return f(Element<float>{});
     case DType::bf16:
-    case DType::f16: return f(Element<Half16>{});
-    default: throw std::runtime_error("ss2d: float64 runs on the CPU only");
+    case DType::f16:
+      return f(Element<Half16>{});
+    default:
+      throw std::runtime_error("ss2d: float64 runs on the CPU only");
   }
 }
 

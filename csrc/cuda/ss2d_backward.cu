@@ -31,16 +31,16 @@ struct BackwardParams : Params<T> {
   const T* dy;                // [M, B, L, D]
   const float* saved_states;  // [M, B, K, pieces, N, D]
   bool x_per_path;
-  bool shared_source;         // Exchange::from_*: both modalities read one modality's B and C
-  T* dx;                      // [M, B, L, (K,) D]
-  float* dx_sum;              // like dx while paths are still missing; dx itself when T is float
-  T* dproj;                   // [M, B, L, K, R + 2N]
-  float* dproj_sum;           // like dproj while contributions are still missing; dproj itself when T is float
-  T* ddelta;                  // [M, B, L, K, D] or null
-  float* ddt_weight;          // [parts, M, K, D, R]
-  float* ddt_bias;            // [parts, M, K, D] or null
-  float* da;                  // [parts, M, K, D, N or 1]
-  float* dd;                  // [parts, M, K, D] or null
+  bool shared_source;  // Exchange::from_*: both modalities read one modality's B and C
+  T* dx;               // [M, B, L, (K,) D]
+  float* dx_sum;       // like dx while paths are still missing; dx itself when T is float
+  T* dproj;            // [M, B, L, K, R + 2N]
+  float* dproj_sum;    // like dproj while contributions are still missing; dproj itself when T is float
+  T* ddelta;           // [M, B, L, K, D] or null
+  float* ddt_weight;   // [parts, M, K, D, R]
+  float* ddt_bias;     // [parts, M, K, D] or null
+  float* da;           // [parts, M, K, D, N or 1]
+  float* dd;           // [parts, M, K, D] or null
 };
 
 // What the recurrence needs of one token and channel.
@@ -83,8 +83,8 @@ struct Seat {
   int c, lane;        // in the recurrence: channel of the block, lane of the channel
   int slot, moved_c;  // where data moves
   int first_d;
-  bool moves;         // moved_c is a real channel
-  float bias;         // of moved_c
+  bool moves;  // moved_c is a real channel
+  float bias;  // of moved_c
   __device__ Seat(const Params<T>& p, const Track<T>& track)
       : c(threadIdx.x / p.state_lanes),
         lane(threadIdx.x % p.state_lanes),
@@ -402,8 +402,9 @@ __device__ void walk_back(const BackwardParams<T>& p, const BackwardShared<T>& s
         for (int v = 0; v < 2 * NS; ++v) {
           if (v < held && !duplicate) {
             const int index = base + v, n = seat.lane * NS + index % NS;
-            shared.sums[((threadIdx.x / 32) * kTile + t) * 2 * p.padded_states +
-                        (index < NS ? n : p.padded_states + n)] = products[v];
+            shared
+                .sums[((threadIdx.x / 32) * kTile + t) * 2 * p.padded_states + (index < NS ? n : p.padded_states + n)] =
+                products[v];
           }
         }
       }
@@ -490,8 +491,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       const Track<T> track = track_of(p, task / p.chunks / p.paths, static_cast<int>(task / p.chunks % p.paths));
       const int64_t chunk = track.mbk(p) * p.chunks + task % p.chunks;
       float g[NS] = {};
-      const float steps =
-          summarize_chunk<T, NS, kSharedDecay>(p, shared, track, static_cast<int>(task % p.chunks), g);
+      const float steps = summarize_chunk<T, NS, kSharedDecay>(p, shared, track, static_cast<int>(task % p.chunks), g);
       const int d = track.group * p.block_channels + c;
       if (d < p.channels) {
         store_state<NS>(p, p.chunk_state + chunk * plane + d, lane, g);
@@ -538,7 +538,8 @@ template <typename T>
 BackwardKernel<T> kernel_of(const SS2DProblem& problem, int states_per_thread) {
   const bool zoh = problem.discretization == Discretization::zoh, shared = has_shared_decay(problem);
   switch (states_per_thread) {
-    case 1: return ss2d_backward_kernel<T, 1, false, false>;
+    case 1:
+      return ss2d_backward_kernel<T, 1, false, false>;
     case 4:
       if (zoh) return shared ? ss2d_backward_kernel<T, 4, true, true> : ss2d_backward_kernel<T, 4, false, true>;
       return shared ? ss2d_backward_kernel<T, 4, true, false> : ss2d_backward_kernel<T, 4, false, false>;

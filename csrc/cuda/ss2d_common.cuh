@@ -18,8 +18,8 @@
 namespace diffmf {
 namespace cuda {
 
-constexpr int kTile = 8;      // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
-constexpr int kRowRegs = 8;   // elements of the next tile's proj rows that a thread holds in registers
+constexpr int kTile = 8;     // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+constexpr int kRowRegs = 8;  // elements of the next tile's proj rows that a thread holds in registers
 constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kCheckpoint % kTile == 0, "tiles must not straddle pieces");
 
@@ -43,7 +43,7 @@ struct Params {
   int row_paths;         // how many of them run along rows
   Exchange exchange;
   bool softplus;
-  bool is_bf16;          // what the 16-bit T holds
+  bool is_bf16;  // what the 16-bit T holds
 
   int block_channels, state_lanes, groups;  // groups = blocks of channels
   int padded_states, pitch;                 // NS * state_lanes; floats of a staged row
@@ -64,10 +64,14 @@ struct Params {
 
   __device__ int source(int m) const {
     switch (exchange) {
-      case Exchange::mutual: return 1 - m;
-      case Exchange::from_visible: return 1;
-      case Exchange::from_infrared: return 0;
-      default: return m;
+      case Exchange::mutual:
+        return 1 - m;
+      case Exchange::from_visible:
+        return 1;
+      case Exchange::from_infrared:
+        return 0;
+      default:
+        return m;
     }
   }
   __device__ int pieces() const { return (tokens + int{kCheckpoint} - 1) / int{kCheckpoint}; }
@@ -100,7 +104,8 @@ struct Step {
 };
 
 // log(1 + e^raw) = max(raw, 0) + log1p(e), e = e^-|raw|, with log1p(e) = 2 atanh(e / (2 + e)) as a series: e / (2 + e)
-// is at most 1/3, and the result keeps its relative accuracy for very negative raw, where the usual lg2(1 + e) has none.
+// is at most 1/3, and the result keeps its relative accuracy for very negative raw, where the usual lg2(1 + e) has
+// none.
 __device__ inline Step softplus_step(float raw) {
   const float e = exp2_fast(-fabsf(raw) * kLog2e);
   const float s = __fdividef(e, 2.f + e), s2 = s * s;
@@ -171,9 +176,9 @@ struct Track {
     x = p.x + m * p.x_strides.modality + b * p.x_strides.batch + k * p.x_strides.path + first;
     low = p.proj + m * p.proj_strides.modality + b * p.proj_strides.batch + k * p.proj_strides.path;
     bc = p.proj + p.source(m) * p.proj_strides.modality + b * p.proj_strides.batch + k * p.proj_strides.path;
-    delta = p.delta == nullptr ? nullptr
-                               : p.delta + m * p.delta_strides.modality + b * p.delta_strides.batch +
-                                     k * p.delta_strides.path + first;
+    delta = p.delta == nullptr
+                ? nullptr
+                : p.delta + m * p.delta_strides.modality + b * p.delta_strides.batch + k * p.delta_strides.path + first;
   }
   __device__ int64_t mk(const Params<T>& p) const { return int64_t{m} * p.paths + k; }
   __device__ int64_t mbk(const Params<T>& p) const { return (int64_t{m} * p.batch + b) * p.paths + k; }
@@ -196,8 +201,8 @@ __device__ inline Columns columns_c(const Params<T>& p) {
   return {p.rank, p.states, p.rank + p.states};
 }
 
-// Where a tile's tokens lie: element offsets into one (modality, batch item) of x, proj and y, computed once per tile by
-// kTile threads because every other thread needs them. valid is false past the end of the chunk.
+// Where a tile's tokens lie: element offsets into one (modality, batch item) of x, proj and y, computed once per tile
+// by kTile threads because every other thread needs them. valid is false past the end of the chunk.
 struct TokenPlace {
   int64_t x, proj, pixel;
   bool valid;
@@ -351,8 +356,7 @@ template <typename T>
 __device__ inline void stage_weight(const Params<T>& p, const Track<T>& track, float* weight) {
   for (int i = threadIdx.x; i < p.rank * p.block_channels; i += blockDim.x) {
     const int c = i / p.rank, r = i % p.rank, d = track.group * p.block_channels + c;
-    weight[r * p.block_channels + c] =
-        d < p.channels ? p.dt_weight[(track.mk(p) * p.channels + d) * p.rank + r] : 0.f;
+    weight[r * p.block_channels + c] = d < p.channels ? p.dt_weight[(track.mk(p) * p.channels + d) * p.rank + r] : 0.f;
   }
 }
 

@@ -21,7 +21,7 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 128;
-constexpr int kMinBlocks = 4;        // a multiprocessor holds: at most 128 registers a thread
+constexpr int kMinBlocks = 4;  // a multiprocessor holds: at most 128 registers a thread
 
 template <typename T>
 struct ForwardParams : Params<T> {
@@ -35,10 +35,10 @@ struct ForwardParams : Params<T> {
 template <typename T>
 struct ForwardShared {
   TokenPlace* places;  // [2, kTile]
-  float* rows;    // [2, kTile, pitch]
-  float2* token;  // [2, kTile, block_channels]: step and x
-  float* before;  // [2, kTile, block_channels]: what the paths before this one left in y
-  float* weight;  // [R, block_channels]
+  float* rows;         // [2, kTile, pitch]
+  float2* token;       // [2, kTile, block_channels]: step and x
+  float* before;       // [2, kTile, block_channels]: what the paths before this one left in y
+  float* weight;       // [R, block_channels]
   __device__ ForwardShared(const Params<T>& p, float* base)
       : places(reinterpret_cast<TokenPlace*>(base)),
         rows(base + 2 * kTile * sizeof(TokenPlace) / sizeof(float)),
@@ -116,7 +116,8 @@ __device__ float walk_chunk(const ForwardParams<T>& p, const ForwardShared<T>& s
       for (int i = 0; i < kTile; ++i) {
         const int t = first_slot + i * p.state_lanes;
         before[i] = 0.f;
-        if (!merge.first && moves && t < kTile && places[t].valid) before[i] = sum[places[t].pixel * p.channels + moved_c];
+        if (!merge.first && moves && t < kTile && places[t].valid)
+          before[i] = sum[places[t].pixel * p.channels + moved_c];
       }
     }
 #pragma unroll
@@ -138,8 +139,8 @@ __device__ float walk_chunk(const ForwardParams<T>& p, const ForwardShared<T>& s
     if (tile + 1 < tiles) fetch(tile + 1);
 
     if constexpr (kOutput) {
-      const bool enters_piece = tile == 0 || (track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0
-                                                             : q0 % int{kCheckpoint} == 0);
+      const bool enters_piece =
+          tile == 0 || (track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0 : q0 % int{kCheckpoint} == 0);
       if (p.saved_states != nullptr && enters_piece && owns) {
         const int64_t piece = track.mbk(p) * p.pieces() + q0 / int{kCheckpoint};
         store_state<NS>(p, p.saved_states + piece * p.states * p.channels + first_d + c, lane, h);
@@ -195,7 +196,8 @@ __device__ float walk_chunk(const ForwardParams<T>& p, const ForwardShared<T>& s
 }
 
 template <typename T, int NS, bool kSharedDecay, bool kZoh>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ss2d_forward_kernel(const __grid_constant__ ForwardParams<T> p) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
+    ss2d_forward_kernel(const __grid_constant__ ForwardParams<T> p) {
   extern __shared__ float4 shared_base[];
   const ForwardShared<T> shared(p, reinterpret_cast<float*>(shared_base));
   const auto grid = cooperative_groups::this_grid();
@@ -209,8 +211,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ss2d_forward_kernel(c
       const Track<T> track = track_of(p, task / p.chunks / p.paths, static_cast<int>(task / p.chunks % p.paths));
       const int64_t chunk = track.mbk(p) * p.chunks + task % p.chunks;
       float h[NS] = {};
-      const float steps = walk_chunk<T, NS, kSharedDecay, kZoh, false>(p, shared, track,
-                                                                       static_cast<int>(task % p.chunks), {}, h);
+      const float steps =
+          walk_chunk<T, NS, kSharedDecay, kZoh, false>(p, shared, track, static_cast<int>(task % p.chunks), {}, h);
       const int d = track.group * p.block_channels + c;
       if (d < p.channels) {
         store_state<NS>(p, p.chunk_state + chunk * plane + d, lane, h);
@@ -246,11 +248,13 @@ template <typename T>
 ForwardKernel<T> kernel_of(const SS2DProblem& problem, int states_per_thread) {
   const bool zoh = problem.discretization == Discretization::zoh, shared = has_shared_decay(problem);
   switch (states_per_thread) {
-    case 1: return ss2d_forward_kernel<T, 1, false, false>;
+    case 1:
+      return ss2d_forward_kernel<T, 1, false, false>;
     case 4:
       if (zoh) return shared ? ss2d_forward_kernel<T, 4, true, true> : ss2d_forward_kernel<T, 4, false, true>;
       return shared ? ss2d_forward_kernel<T, 4, true, false> : ss2d_forward_kernel<T, 4, false, false>;
-    case 8: return shared ? ss2d_forward_kernel<T, 8, true, false> : ss2d_forward_kernel<T, 8, false, false>;
+    case 8:
+      return shared ? ss2d_forward_kernel<T, 8, true, false> : ss2d_forward_kernel<T, 8, false, false>;
     default:
       if (zoh) return shared ? ss2d_forward_kernel<T, 16, true, true> : ss2d_forward_kernel<T, 16, false, true>;
       return shared ? ss2d_forward_kernel<T, 16, true, false> : ss2d_forward_kernel<T, 16, false, false>;
@@ -260,12 +264,14 @@ ForwardKernel<T> kernel_of(const SS2DProblem& problem, int states_per_thread) {
 Layout layout_of(const SS2DProblem& problem) {
   const bool zoh = problem.discretization == Discretization::zoh;
   Layout layout;
-  layout.states_per_thread = problem.states <= 1 && !zoh ? 1 : problem.states <= 4 ? 4
-                             : problem.states <= 8 && !zoh ? 8 : 16;
+  layout.states_per_thread = problem.states <= 1 && !zoh   ? 1
+                             : problem.states <= 4         ? 4
+                             : problem.states <= 8 && !zoh ? 8
+                                                           : 16;
   layout.lay_over(problem, kMaxThreads);
-  layout.shared_bytes = 2 * kTile * sizeof(TokenPlace) +
-                        sizeof(float) * (2 * kTile * (size_t(layout.pitch) + 3 * layout.block_channels) +
-                                         problem.rank * layout.block_channels);
+  layout.shared_bytes =
+      2 * kTile * sizeof(TokenPlace) + sizeof(float) * (2 * kTile * (size_t(layout.pitch) + 3 * layout.block_channels) +
+                                                        problem.rank * layout.block_channels);
   return layout;
 }
 
@@ -293,8 +299,8 @@ void ss2d_forward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS
     ForwardParams<T> params{};
     fill_params<T>(params, problem, inputs, plan, static_cast<float*>(workspace));
     params.y = static_cast<T*>(outputs.y);
-    params.sum = problem.dtype == DType::f32 ? static_cast<float*>(outputs.y)
-                                             : static_cast<float*>(workspace) + plan.sum_at;
+    params.sum =
+        problem.dtype == DType::f32 ? static_cast<float*>(outputs.y) : static_cast<float*>(workspace) + plan.sum_at;
     params.saved_states = static_cast<float*>(outputs.states);
     params.last_state = static_cast<float*>(outputs.last_state);
     launch_cooperative(kernel_of<T>(problem, plan.layout.states_per_thread), plan, params, stream);

@@ -52,8 +52,8 @@ def test_every_switch_trains(switch):
     torch.nn.functional.mse_loss(fused, torch.rand(1, 1, 5, 6)).backward()
     assert ir.grad.abs().sum() > 0 and vi.grad.abs().sum() > 0
     unreached = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # A dropped path's parameters see no gradient in that step. Without the gate, the output bias of the last share block
-    # cancels in the difference of the two modalities.
+    # A dropped path's parameters see no gradient in that step. Without the gate, the output bias of the last share
+    # block cancels in the difference of the two modalities.
     cancelled = [] if switch.get("gated", True) else ["extraction.0.share_block.op.out_norm.bias"]
     assert set(unreached) <= set(cancelled) or "drop_path" in switch
 

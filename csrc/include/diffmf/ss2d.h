@@ -3,8 +3,8 @@
 // For modality m, batch b, channel d and path k, along scan position l = 0 .. L-1 with p = pixel_k(l) and h = 0 at
 // the start (L = height * width):
 //
-//     raw  = delta[m,b,p,k,d]                     when the step is given per channel (rank == 0), otherwise
-//            sum_r proj[m,b,p,k,r] * dt_weight[m,k,d,r] + dt_bias[m,k,d]
+//     raw  = dt_bias[m,k,d] + delta[m,b,p,k,d]    when the step is given per channel (rank == 0), otherwise
+//            dt_bias[m,k,d] + sum_r proj[m,b,p,k,r] * dt_weight[m,k,d,r]
 //     step = softplus(raw), or raw when !softplus
 //     B_n  = proj[s(m),b,p,k,rank+n]              C_n = proj[s(m),b,p,k,rank+states+n]
 //     h_n  = exp(step * A[m,k,d,n]) * h_n + bbar(step, A_n) * B_n * x[m,b,p,(k,)d]
@@ -28,8 +28,8 @@ constexpr int kMaxPaths = 8;
 // highest q of the piece is scanned first) for the reversed paths 2 and 3.
 constexpr int64_t kCheckpoint = 64;
 
-enum class DType : int { f32, bf16, f16, f64 };                               // of x, proj, delta, y
-enum class Exchange : int { none, mutual, from_visible, from_infrared };      // modality 0 infrared, 1 visible
+enum class DType : int { f32, bf16, f16, f64 };                           // of x, proj, delta, y
+enum class Exchange : int { none, mutual, from_visible, from_infrared };  // modality 0 infrared, 1 visible
 enum class Discretization : int { euler, zoh };
 
 struct SS2DProblem {
@@ -48,10 +48,14 @@ struct SS2DProblem {
   // s(m): whose B and C modality m reads.
   int64_t source(int64_t m) const {
     switch (exchange) {
-      case Exchange::mutual: return 1 - m;
-      case Exchange::from_visible: return 1;
-      case Exchange::from_infrared: return 0;
-      default: return m;
+      case Exchange::mutual:
+        return 1 - m;
+      case Exchange::from_visible:
+        return 1;
+      case Exchange::from_infrared:
+        return 0;
+      default:
+        return m;
     }
   }
 };
@@ -62,16 +66,16 @@ struct Strides {
 };
 
 struct SS2DInputs {
-  const void* x;         // [M, B, H, W, (K,) D], dtype
+  const void* x;  // [M, B, H, W, (K,) D], dtype
   Strides x_strides;
-  const void* proj;      // [M, B, H, W, K, R + 2N], dtype
+  const void* proj;  // [M, B, H, W, K, R + 2N], dtype
   Strides proj_strides;
-  const void* delta;     // [M, B, H, W, K, D], dtype; null unless rank == 0
+  const void* delta;  // [M, B, H, W, K, D], dtype; null unless rank == 0
   Strides delta_strides;
-  const void* dt_weight; // [M, K, D, R], float (double for f64), as the three below; null when rank == 0
-  const void* dt_bias;   // [M, K, D]; may be null
-  const void* a;         // [M, K, D, N] or [M, K, D, 1]
-  const void* d;         // [M, K, D]; may be null
+  const void* dt_weight;  // [M, K, D, R], float (double for f64), as the three below; null when rank == 0
+  const void* dt_bias;    // [M, K, D]; may be null
+  const void* a;          // [M, K, D, N] or [M, K, D, 1]
+  const void* d;          // [M, K, D]; may be null
 };
 
 struct SS2DOutputs {
@@ -83,16 +87,16 @@ struct SS2DOutputs {
 // Gradients. x and proj: contiguous, in the layout of the inputs (with a K axis on dx iff x_strides.path != 0 or
 // x_per_path). The parameter gradients come as `parts` partial sums to be added along the first axis.
 struct SS2DGradients {
-  const void* dy;           // [M, B, H, W, D] contiguous, dtype
-  const void* states;       // as saved by the forward pass
-  bool x_per_path;          // x has a K axis, and so has dx
-  void* dx;                 // [M, B, H, W, (K,) D], dtype
-  void* dproj;              // [M, B, H, W, K, R + 2N], dtype
-  void* ddelta;             // [M, B, H, W, K, D], dtype; null unless rank == 0
-  void* ddt_weight;         // [parts, M, K, D, R], float; null when rank == 0
-  void* ddt_bias;           // [parts, M, K, D], float; null when dt_bias is null
-  void* da;                 // [parts, M, K, D, N or 1], float
-  void* dd;                 // [parts, M, K, D], float; null when d is null
+  const void* dy;      // [M, B, H, W, D] contiguous, dtype
+  const void* states;  // as saved by the forward pass
+  bool x_per_path;     // x has a K axis, and so has dx
+  void* dx;            // [M, B, H, W, (K,) D], dtype
+  void* dproj;         // [M, B, H, W, K, R + 2N], dtype
+  void* ddelta;        // [M, B, H, W, K, D], dtype; null unless rank == 0
+  void* ddt_weight;    // [parts, M, K, D, R], float; null when rank == 0
+  void* ddt_bias;      // [parts, M, K, D], float; null when dt_bias is null
+  void* da;            // [parts, M, K, D, N or 1], float
+  void* dd;            // [parts, M, K, D], float; null when d is null
 };
 
 namespace cpu {
