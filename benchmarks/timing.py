@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -51,9 +52,9 @@ def peak_extra_mib(function) -> float:
 
 
 def environment(device: str) -> dict:
-    """Machine, versions and commit of a measurement."""
+    """Machine, versions and commit of a measurement; DIFFMF_COMMIT names the commit of a copy without its history."""
     found = {
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("DIFFMF_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "torch": torch.__version__,
         "python": platform.python_version(),

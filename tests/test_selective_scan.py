@@ -46,7 +46,9 @@ def test_matches_the_reference(
 ):
     skip, gate, bias = flags
     if dtype == torch.bfloat16:
-        # The gradient of a constant adds bfloat16 gradients of all tokens, which cancel: no bound holds for a few.
+        # torch rounds to bfloat16 before it adds the gradients of a constant over the tokens, and the gated gradient
+        # before the kernel adds it over channels: where a few such terms cancel, no bound holds. Left to float32.
+        gate = False
         form_b, form_c = ("shared" if form == "constant" else form for form in (form_b, form_c))
     tensors = make_inputs(
         batch, groups * per_group, length, states, form_b, form_c, skip, gate, bias, groups, device, dtype, seed
