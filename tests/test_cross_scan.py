@@ -17,7 +17,7 @@ def test_match_the_reference(device, dtype, sizes, paths):
     assert torch.equal(y, reference.cross_scan(x, paths))
     tokens = torch.randn(y.shape, device=device).to(dtype)
     merged = cross_merge(tokens, sizes[2:], paths)
-    # float32: the same additions in the same order; 16 bits: one rounding, measured 2e-3 at most.
+    # float32: the same additions in the same order; 16 bits: one rounding, measured 1.9e-3 at most.
     expected = reference.cross_merge(tokens.float(), sizes[2:], paths)
     assert merged.dtype == dtype
     if dtype == torch.float32:

@@ -28,7 +28,8 @@ def make_inputs(batch, channels, length, states, form_b, form_c, skip=True, gate
     return [None if t is None else t.to(device, kind) for t, kind in zip(tensors, kinds, strict=True)]
 
 
-# Largest errors seen over 3000 draws: float32 forward 6e-7, gradients 3e-6; bfloat16 4e-3 and 7e-3.
+# Largest errors over 200 draws on the CPU, forward and worst gradient: float32 2.5e-7 and 2.4e-5 (a constant, whose
+# gradient torch adds over the tokens); bfloat16 2.4e-3 and 3.7e-3.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 @given(
     batch=st.integers(1, 3),

@@ -8,8 +8,8 @@ from diffmf_ops import reference, ss2d
 
 NAMES = ("x", "proj", *PARAMETERS)
 
-# Largest errors seen over 4000 drawn problems on the CPU and 1000 on an H200, forward and worst gradient:
-# float32 6e-7 and 3e-6; bfloat16 4e-3 and 6e-3; float16 5e-4 and 9e-4.
+# Largest errors over 300 drawn problems each on the CPU, forward and worst gradient: float32 2.9e-7 and 2.1e-6;
+# bfloat16 2.4e-3 and 2.6e-3; float16 3.6e-4 and 3.3e-4. On a GPU only held to the bounds, not recorded.
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 2e-2), torch.float16: (5e-3, 5e-3)}
 
 
@@ -43,7 +43,7 @@ def test_matches_the_reference(device, dtype, problem):
 
 @given(problem=problems(max_side=7, max_channels=18, max_states=6))
 def test_float64_matches_the_reference(problem):
-    # Measured at most 2e-14.
+    # Largest over 100 draws: 5e-16 forward, 4e-15 in a gradient.
     tensors = make_inputs(**problem, dtype=torch.float64)
     check_against_reference(tensors, options_of(problem), (1e-12, 1e-11))
 
@@ -82,7 +82,7 @@ def test_gradcheck(exchange, discretization):
 
 
 def test_zoh_is_accurate_for_tiny_steps(device):
-    # exp(Δ·A) − 1 cancels in float32 where Δ·A is about 1e-6; measured 2e-7.
+    # exp(Δ·A) − 1 cancels in float32 where Δ·A is about 1e-5; measured 1.5e-6 on the CPU.
     tensors = make_inputs(height=6, width=6, device=device)
     tensors[3] = torch.full_like(tensors[3], -12.0)
     options = {"discretization": "zoh"}
@@ -185,7 +185,7 @@ def test_compiles_without_graph_breaks(device, dynamic):
     def block(*tensors):
         return torch.nn.functional.silu(ss2d(*tensors, exchange="mutual")) * 2
 
-    # The arithmetic around the operator may be fused differently: measured 1e-7.
+    # The same kernel, but the arithmetic around it may be ordered differently: a few float32 roundings.
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for height in (5, 9) if dynamic else (5,):
         tensors = make_inputs(modalities=2, height=height, width=6, device=device)
