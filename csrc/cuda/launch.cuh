@@ -19,39 +19,26 @@ inline void check(cudaError_t status, const char* what) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How a block is laid over channels and states. A thread holds states_per_thread states of channels_per_thread
+// neighbouring channels; state_lanes threads share those channels.
 struct Layout {
-  int states_per_thread;
-  int state_lanes, block_channels, groups, threads, padded_states, pitch, row_shift;
+  int states_per_thread, channels_per_thread, state_lanes;
+  int block_channels, groups, threads;
+  int padded_states, pitch;
   size_t shared_bytes;
 
-  // Everything from states_per_thread: at most max_threads threads, whole warps, channel blocks of equal size.
-  void lay_over(const SS2DProblem& problem, int max_threads) {
-    state_lanes = 1;
-    while (states_per_thread * state_lanes < problem.states) state_lanes *= 2;
-    const int64_t granule = std::max(1, 32 / state_lanes);  // channels that fill a warp
-    groups = static_cast<int>(ceil_div(problem.channels, max_threads / state_lanes));
-    block_channels = static_cast<int>(ceil_div(ceil_div(problem.channels, groups), granule) * granule);
-    groups = static_cast<int>(ceil_div(problem.channels, block_channels));
-    threads = block_channels * state_lanes;
+  void finish(const SS2DProblem& problem) {
     padded_states = states_per_thread * state_lanes;
-    const int64_t row = problem.rank + 2 * problem.states;
-    pitch = static_cast<int>(ceil_div(2 * padded_states + problem.rank, 4) * 4);
-    // Lanes per row so that the fewest loads, counted per thread, cover a tile.
-    int64_t fewest = std::numeric_limits<int64_t>::max();
-    for (int shift = 0; shift <= 5; ++shift) {
-      const int64_t loads = ceil_div(kTile, threads >> shift) * ceil_div(row, 1 << shift);
-      if (loads <= fewest) {
-        fewest = loads;
-        row_shift = shift;
-      }
-    }
+    pitch = static_cast<int>(ceil_div(2 * ceil_div(padded_states, 4) * 4 + problem.rank, 8) * 8);
+    padded_states = static_cast<int>(ceil_div(padded_states, 4) * 4);
   }
 };
 
 struct Plan {
   Layout layout;
   int64_t chunk, chunks;
-  int64_t grid;  // blocks
+  int64_t tasks;  // (sequence, chunk)
+  int64_t grid;   // blocks
   // Offsets into the workspace, in floats.
   size_t workspace_floats = 0;
   size_t chunk_state_at = 0, chunk_steps_at = 0, sum_at = 0, dproj_sum_at = 0;
@@ -79,16 +66,17 @@ inline int resident_blocks(const void* kernel, const Layout& layout) {
   return multiprocessors * per_multiprocessor;
 }
 
-// Cuts the axis so that `sequences` (tasks of one chunk) fill the device once. Chunking costs a second pass over the
-// data, so it pays only where fewer than half of the resident blocks would have work without it.
-inline Plan chunk_plan(const SS2DProblem& problem, const Layout& layout, int64_t sequences, int resident) {
+// Cuts the axis so that `sequences` fill the device, which holds `resident` tasks (one chunk of one sequence) at once.
+// Chunking costs a second pass over the data, so it pays only where fewer than half of the device would have work
+// without it. Chunks are a multiple of `granule` tokens.
+inline Plan chunk_plan(const SS2DProblem& problem, const Layout& layout, int64_t sequences, int64_t resident,
+                       int64_t granule) {
   Plan plan;
   plan.layout = layout;
   const int64_t wanted = sequences * 2 > resident ? 1 : resident / std::max<int64_t>(sequences, 1);
-  plan.chunk = std::max(int64_t{1}, ceil_div(ceil_div(problem.tokens(), wanted), kCheckpoint)) * kCheckpoint;
+  plan.chunk = std::max(int64_t{1}, ceil_div(ceil_div(problem.tokens(), wanted), granule)) * granule;
   plan.chunks = ceil_div(problem.tokens(), plan.chunk);
-  const int64_t tasks = sequences * plan.chunks * (plan.chunks > 1 ? problem.paths : 1);
-  plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, tasks));
+  plan.tasks = sequences * plan.chunks;
   if (plan.chunks > 1) {
     const int64_t summaries = problem.modalities * problem.batch * problem.paths * plan.chunks * problem.channels;
     plan.chunk_state_at = plan.reserve(summaries * problem.states);
@@ -97,9 +85,30 @@ inline Plan chunk_plan(const SS2DProblem& problem, const Layout& layout, int64_t
   return plan;
 }
 
-template <typename T>
-void fill_params(Params<T>& params, const SS2DProblem& problem, const SS2DInputs& inputs, const Plan& plan,
-                 float* workspace) {
+// The greatest power of two, at most 16, that divides all of them: what one copy can move.
+template <typename... Counts>
+int granule_of(const void* data, Counts... counts) {
+  const uint64_t bits = (static_cast<uint64_t>(reinterpret_cast<uintptr_t>(data)) | ... | static_cast<uint64_t>(counts)) | 16;
+  return static_cast<int>(bits & (~bits + 1));
+}
+
+// `bytes` are the lengths of the runs that are copied from a pixel.
+template <typename... Bytes>
+Activation activation(const SS2DProblem& problem, const void* data, const Strides& strides, int element,
+                      const char* name, Bytes... bytes) {
+  if (data == nullptr) return {};
+  const int64_t pixel = (problem.width > 1 ? strides.column : strides.row) * element;
+  if ((problem.width > 1 && problem.height > 1 && strides.row != problem.width * strides.column) ||
+      pixel != static_cast<int>(pixel))
+    throw std::runtime_error(std::string("ss2d: the pixels of ") + name + " are not equally spaced");
+  Activation result = {static_cast<const char*>(data), strides.modality * element, strides.batch * element,
+                       strides.path * element, static_cast<int>(pixel), 0};
+  result.granule = granule_of(data, result.modality, result.batch, result.path, pixel, bytes...);
+  return result;
+}
+
+inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DInputs& inputs, const Plan& plan,
+                        float* workspace) {
   params.modalities = static_cast<int>(problem.modalities);
   params.batch = static_cast<int>(problem.batch);
   params.paths = problem.paths;
@@ -108,33 +117,26 @@ void fill_params(Params<T>& params, const SS2DProblem& problem, const SS2DInputs
   params.rank = static_cast<int>(problem.rank);
   params.tokens = static_cast<int>(problem.tokens());
   params.width = static_cast<int>(problem.width);
-  params.by_width = FastDiv(static_cast<uint32_t>(problem.width));
   params.by_height = FastDiv(static_cast<uint32_t>(problem.height));
   std::copy(problem.path, problem.path + problem.paths, params.path);
-  int filled = 0;
-  for (int axis = 0; axis < 2; ++axis) {
-    for (int k = 0; k < problem.paths; ++k)
-      if ((problem.path[k] & 1) == axis) params.order[filled++] = k;
-    if (axis == 0) params.row_paths = filled;
-  }
   params.exchange = problem.exchange;
   params.softplus = problem.softplus;
-  params.is_bf16 = problem.dtype == DType::bf16;
+  params.dtype = problem.dtype;
+  params.half = problem.dtype != DType::f32;
   const Layout& layout = plan.layout;
   params.block_channels = layout.block_channels;
   params.state_lanes = layout.state_lanes;
   params.groups = layout.groups;
   params.padded_states = layout.padded_states;
   params.pitch = layout.pitch;
-  params.row_shift = layout.row_shift;
   params.chunk = static_cast<int>(plan.chunk);
   params.chunks = static_cast<int>(plan.chunks);
-  params.x = static_cast<const T*>(inputs.x);
-  params.proj = static_cast<const T*>(inputs.proj);
-  params.delta = static_cast<const T*>(inputs.delta);
-  params.x_strides = inputs.x_strides;
-  params.proj_strides = inputs.proj_strides;
-  params.delta_strides = inputs.delta_strides;
+  const int element = params.element_size();
+  const int64_t block_bytes = int64_t{layout.block_channels} * element, row_bytes = problem.channels * element;
+  params.x = activation(problem, inputs.x, inputs.x_strides, element, "x", block_bytes, row_bytes);
+  params.proj = activation(problem, inputs.proj, inputs.proj_strides, element, "proj", problem.rank * element,
+                           problem.states * element);
+  params.delta = activation(problem, inputs.delta, inputs.delta_strides, element, "delta", block_bytes, row_bytes);
   params.dt_weight = static_cast<const float*>(inputs.dt_weight);
   params.dt_bias = static_cast<const float*>(inputs.dt_bias);
   params.a = static_cast<const float*>(inputs.a);
@@ -145,24 +147,6 @@ void fill_params(Params<T>& params, const SS2DProblem& problem, const SS2DInputs
 
 // A is [M, K, D, 1] and there are several states to share it.
 inline bool has_shared_decay(const SS2DProblem& problem) { return problem.shared_decay && problem.states > 1; }
-
-// Calls f with a tag of the kernels' element type.
-template <typename T>
-struct Element {
-  using type = T;
-};
-template <typename F>
-auto with_element(const SS2DProblem& problem, F&& f) {
-  switch (problem.dtype) {
-    case DType::f32:
-      return f(Element<float>{});
-    case DType::bf16:
-    case DType::f16:
-      return f(Element<Half16>{});
-    default:
-      throw std::runtime_error("ss2d: float64 runs on the CPU only");
-  }
-}
 
 template <typename P>
 void launch_cooperative(void (*kernel)(P), const Plan& plan, P& params, void* stream) {

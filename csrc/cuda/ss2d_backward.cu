@@ -4,15 +4,16 @@
 // phases as the forward pass: (1) every chunk's contribution to what it hands to the chunk before, (2) a scan over the
 // chunks, (3) the gradients. In phase 3 a block walks its chunk against the scan, piece by piece. The state that enters
 // a piece was saved by the forward pass; the piece is scanned once to keep the state at each of its tiles in shared
-// memory, then its tiles are taken in reverse: a tile's states and decays are rebuilt into registers, and the tile is
-// walked backwards.
+// memory, then its tiles are taken in reverse: a tile's states are rebuilt into registers, and the tile is walked
+// backwards.
 //
 // Sums over channels (the gradients of B, C and of the low-rank part) are sums over the threads of a block: lanes by
 // shuffles that halve the number of values at each step, warps through shared memory in a fixed order. A block
 // therefore takes all blocks of channels of its chunk in turn. Where one modality's B and C serve both
 // (Exchange::from_*), it takes both modalities too, so that every element of dproj has one writer and every run gives
-// the same bits. dx is merged over paths as y is in the forward pass. Parameter gradients leave as one partial sum per
-// (batch item, chunk).
+// the same bits. The paths of an axis follow one another in the block that owns the chunk, the column paths behind a
+// grid barrier, so dx is summed in a fixed order too. Parameter gradients leave as one partial sum per (batch item,
+// chunk).
 #include <algorithm>
 
 #include "launch.cuh"
@@ -22,172 +23,233 @@ namespace diffmf {
 namespace cuda {
 namespace {
 
-constexpr int kMaxThreads = 256;
-constexpr int kMinBlocks = 2;  // a multiprocessor holds: at most 128 registers a thread
+constexpr int kMaxThreads = 128;
+constexpr int kMinBlocks = 4;  // a multiprocessor holds: at most 128 registers a thread
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
 
-template <typename T>
-struct BackwardParams : Params<T> {
-  const T* dy;                // [M, B, L, D]
+struct BackwardParams : Params {
+  Activation dy;              // [M, B, L, D]
   const float* saved_states;  // [M, B, K, pieces, N, D]
   bool x_per_path;
   bool shared_source;  // Exchange::from_*: both modalities read one modality's B and C
-  T* dx;               // [M, B, L, (K,) D]
-  float* dx_sum;       // like dx while paths are still missing; dx itself when T is float
-  T* dproj;            // [M, B, L, K, R + 2N]
-  float* dproj_sum;    // like dproj while contributions are still missing; dproj itself when T is float
-  T* ddelta;           // [M, B, L, K, D] or null
+  void* dx;            // [M, B, L, (K,) D]
+  float* dx_sum;       // like dx while paths are still missing; dx itself when it is float
+  void* dproj;         // [M, B, L, K, R + 2N]
+  float* dproj_sum;    // like dproj while contributions are still missing; dproj itself when it is float
+  void* ddelta;        // [M, B, L, K, D] or null
   float* ddt_weight;   // [parts, M, K, D, R]
   float* ddt_bias;     // [parts, M, K, D] or null
   float* da;           // [parts, M, K, D, N or 1]
   float* dd;           // [parts, M, K, D] or null
+  int order[kMaxPaths];  // the paths sorted by axis: row paths first
+  int row_paths;         // how many of them run along rows
+  // Shared memory, offsets in bytes. Two tiles of rows and activations are in flight.
+  int rows_at, decoded_rows_at, x_at, dy_at, decoded_at, delta_at, token_at, slope_at, sums_at, weight_at, dweight_at,
+      warp_sums_at, history_at;
+  int copy_lanes;  // threads that copy one token of a tile
 };
 
-// What the recurrence needs of one token and channel.
-struct Token {
-  float step, x, dy, slope;  // slope = d step / d raw
-};
-
-template <typename T>
-struct BackwardShared {
-  TokenPlace* places;  // [kTile]
-  Token* token;        // [kTile, block_channels]
-  float* rows;         // [kTile, pitch]
-  float2* grad;        // [kTile, block_channels]: d raw and dx
-  float* weight;       // [R, block_channels]
-  float* dweight;      // [R, block_channels]
-  float* sums;         // [warps, kTile, 2 padded_states]: dB and dC of a warp's channels
-  float* history;      // [kTilesPerPiece, NS, threads]: state at the entry of each tile
-  __device__ BackwardShared(const Params<T>& p, float* base)
-      : places(reinterpret_cast<TokenPlace*>(base)),
-        token(reinterpret_cast<Token*>(base + kTile * sizeof(TokenPlace) / sizeof(float))),
-        rows(reinterpret_cast<float*>(token + kTile * p.block_channels)),
-        grad(reinterpret_cast<float2*>(rows + kTile * p.pitch)),
-        weight(reinterpret_cast<float*>(grad + kTile * p.block_channels)),
-        dweight(weight + p.rank * p.block_channels),
-        sums(dweight + p.rank * p.block_channels),
-        history(sums + blockDim.x / 32 * kTile * 2 * p.padded_states) {}
-};
-
-size_t shared_bytes_of(const Layout& layout, int64_t rank) {
-  const size_t tokens = size_t(kTile) * layout.block_channels;
-  return kTile * sizeof(TokenPlace) + tokens * (sizeof(Token) + sizeof(float2)) +
-         sizeof(float) * (size_t(kTile) * layout.pitch + 2 * rank * layout.block_channels +
-                          size_t(layout.threads) / 32 * kTile * 2 * layout.padded_states +
-                          size_t(kTilesPerPiece) * layout.states_per_thread * layout.threads);
-}
-
-// Where this thread stands in a walk.
-template <typename T>
+// Where this thread stands.
 struct Seat {
-  int c, lane;        // in the recurrence: channel of the block, lane of the channel
-  int slot, moved_c;  // where data moves
-  int first_d;
-  bool moves;  // moved_c is a real channel
-  float bias;  // of moved_c
-  __device__ Seat(const Params<T>& p, const Track<T>& track)
-      : c(threadIdx.x / p.state_lanes),
-        lane(threadIdx.x % p.state_lanes),
-        slot(threadIdx.x / p.block_channels),
-        moved_c(threadIdx.x % p.block_channels),
-        first_d(track.group * p.block_channels),
-        moves(first_d + moved_c < p.channels),
-        bias(p.dt_bias != nullptr && moves ? p.dt_bias[track.mk(p) * p.channels + first_d + moved_c] : 0.f) {}
+  int lane, c;                // lane of the channel, first channel within the block of channels
+  int copy_lane, copy_token;  // when copying a tile
+  char* shared;
 };
 
-// Stages the tile of tokens [q0, q0 + kTile): rows, steps, x and dy. Between two barriers.
-template <typename T>
-__device__ void stage_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
-                           const Seat<T>& seat, const Columns& columns, int q0, int end) {
-  const int slot = recomputed(seat.slot), moved_c = recomputed(seat.moved_c);
-  __syncthreads();  // the tile before is no longer needed
-  place_tile(p, track, q0, end, shared.places);
-  __syncthreads();
-  RowRegs rows;
-  fetch_rows(p, track, columns, shared.places, rows);
-  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens * p.channels + seat.first_d + moved_c;
-#pragma unroll 2
-  for (int t = slot; t < kTile; t += p.state_lanes) {
-    const TokenPlace place = shared.places[t];
-    const bool valid = seat.moves && place.valid;
-    Token& token = shared.token[t * p.block_channels + moved_c];
-    token.x = valid ? decode(track.x[place.x + moved_c], p.is_bf16) : 0.f;
-    token.dy = valid ? decode(p.dy[image + place.pixel * p.channels], p.is_bf16) : 0.f;
+// What a walk of one block along one path keeps at hand.
+template <int CH>
+struct Walk {
+  Track track;
+  int d, end;  // first channel of the thread; end of the chunk
+  float bias[CH];
+  __device__ Walk(const BackwardParams& p, const Seat& seat, const Track& track, int end)
+      : track(track), d(track.first_d + seat.c), end(end) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+      bias[c] = p.dt_bias != nullptr && d + c < p.channels ? p.dt_bias[track.mk(p) * p.channels + d + c] : 0.f;
+    __syncthreads();  // nobody reads the weight of the walk before
+    stage_weight(p, track, reinterpret_cast<float*>(seat.shared + p.weight_at), threadIdx.x, blockDim.x);
   }
-  store_rows(p, track, columns, shared.places, rows, shared.rows);
-  __syncthreads();
-#pragma unroll 2
-  for (int t = slot; t < kTile; t += p.state_lanes) {
-    const bool valid = shared.places[t].valid;
-    float delta = 0.f;
-    if (track.delta != nullptr && seat.moves && valid)
-      delta = decode(track.delta[offset_of(p.delta_strides, pixel_of(p, track.axis, q0 + t)) + moved_c], p.is_bf16);
-    const Step step = token_step(p, shared.rows + t * p.pitch, shared.weight, moved_c, seat.bias, delta);
-    Token& token = shared.token[t * p.block_channels + moved_c];
-    // A token past the end must leave state and gradients alone: step 0 means decay 1 and nothing added.
-    token.step = valid ? step.value : 0.f;
-    token.slope = step.slope;
+};
+
+// What a walk reads of a token, and so stages.
+enum class Reads { b_x, c_dy, all };
+
+// Starts the copies of the tile of tokens [q0, q0 + kTile) into buffer 0 or 1. Past the end: the last token once more.
+template <Reads kReads, int CH>
+__device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk<CH>& walk, int q0, int buffer) {
+  const Track& track = walk.track;
+  const int lane = opaque(seat.copy_lane), element = p.element();
+  const int x_bytes = p.block_channels * element;
+  const int real_bytes = min(p.block_channels, p.channels - track.first_d) * element;
+  const int slot = buffer * kTile + seat.copy_token;
+  if (seat.copy_token < kTile) {
+    const int pixel = track.pixel(p, min(q0 + seat.copy_token, walk.end - 1));
+    copy_proj<kReads != Reads::c_dy, kReads != Reads::b_x>(
+        p, track, pixel, seat.shared + p.rows_at + slot * p.pitch * element, lane, p.copy_lanes);
+    if constexpr (kReads != Reads::c_dy)
+      copy_row(seat.shared + p.x_at + slot * x_bytes, track.x + int64_t{pixel} * p.x.pixel, real_bytes, p.x.granule,
+               lane, p.copy_lanes);
+    if constexpr (kReads != Reads::b_x)
+      copy_row(seat.shared + p.dy_at + slot * x_bytes,
+               p.dy.data + track.m * p.dy.modality + track.b * p.dy.batch + int64_t{track.first_d} * element +
+                   int64_t{pixel} * p.dy.pixel,
+               real_bytes, p.dy.granule, lane, p.copy_lanes);
+    if (p.rank == 0)
+      copy_row(seat.shared + p.delta_at + slot * x_bytes, track.delta + int64_t{pixel} * p.delta.pixel, real_bytes,
+               p.delta.granule, lane, p.copy_lanes);
   }
-  __syncthreads();
+  copies_commit();
 }
 
-// Decay and input weight of one token and state: h = decay * h + bbar * x * B. step2 = step * log2(e).
-struct Advance {
-  float decay, bbar;
+// A staged tile, ready to be walked.
+struct Tile {
+  const float* rows;    // [kTile, pitch]
+  const float* x;       // [kTile, block_channels]
+  const float* dy;      // [kTile, block_channels]
+  const float* tokens;  // [kTile, block_channels / CH, {step[CH], input[CH]}]: input = step * x, or x for zoh
 };
-template <bool kZoh>
-__device__ inline Advance advance_of(float step, float step2, float a, float shared_decay, bool is_shared) {
-  const float decay = is_shared ? shared_decay : exp2_fast(step2 * a);
-  if constexpr (kZoh) return {decay, zoh_weight(step, step * a, decay, a)};
-  return {decay, step};
+
+// Waits for the tile in `buffer`, makes float of it, and computes the steps (and their slopes, for Reads::all); every
+// lane of a channel takes its share of the tokens. Starts the next tile's copies by `issue_next()`.
+template <Reads kReads, bool kZoh, int CH, typename F>
+__device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, const Walk<CH>& walk, int q0, int buffer,
+                                    F&& issue_next) {
+  const int element = p.element(), row_bytes = p.pitch * element, x_bytes = p.block_channels * element;
+  char* const shared = seat.shared;
+  const int floats = kTile * p.block_channels;
+  copies_wait();
+  __syncthreads();  // the tile is there; nobody needs the one before
+  issue_next();
+  Tile tile = {reinterpret_cast<const float*>(shared + p.rows_at + buffer * kTile * row_bytes),
+               reinterpret_cast<const float*>(shared + p.x_at + buffer * kTile * x_bytes),
+               reinterpret_cast<const float*>(shared + p.dy_at + buffer * kTile * x_bytes),
+               reinterpret_cast<const float*>(shared + p.token_at)};
+  if (p.half) {
+    float* decoded = reinterpret_cast<float*>(shared + p.decoded_rows_at);
+    for (int i = threadIdx.x * 4; i < kTile * p.pitch; i += blockDim.x * 4)
+      *reinterpret_cast<float4*>(decoded + i) =
+          decode_quad(shared + p.rows_at + buffer * kTile * row_bytes + i * 2, p.dtype);
+    tile.rows = decoded;
+    tile.x = reinterpret_cast<const float*>(shared + p.decoded_at);
+    tile.dy = tile.x + floats;
+    __syncthreads();
+  }
+  const float* const weight = reinterpret_cast<const float*>(shared + p.weight_at) + seat.c;
+  const int first = opaque(seat.lane);
+#pragma unroll 1
+  for (int t = first; t < kTile; t += p.state_lanes) {
+    float raw[CH], x[CH] = {}, dy[CH] = {}, token[2 * CH], slope[CH];
+    token_raw<CH>(p, tile.rows + t * p.pitch, weight, walk.bias, raw);
+    if (p.rank == 0) {
+      float delta[CH];
+      read_activation<CH>(p, shared + p.delta_at + (buffer * kTile + t) * x_bytes, seat.c, delta);
+#pragma unroll
+      for (int c = 0; c < CH; ++c) raw[c] += delta[c];
+    }
+    char* const raw_x = shared + p.x_at + (buffer * kTile + t) * x_bytes;
+    char* const raw_dy = shared + p.dy_at + (buffer * kTile + t) * x_bytes;
+    if constexpr (kReads != Reads::c_dy) read_activation<CH>(p, raw_x, seat.c, x);
+    if constexpr (kReads != Reads::b_x) read_activation<CH>(p, raw_dy, seat.c, dy);
+    bool rewrite = p.half;
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const Step step = p.softplus ? softplus_step(raw[c]) : Step{raw[c], 1.f};
+      // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay
+      // 1, and nothing is added.
+      const bool valid = q0 + t < walk.end && walk.d + c < p.channels;
+      if (!valid) {
+        x[c] = dy[c] = 0.f;
+        rewrite = true;
+      }
+      token[c] = valid ? step.value : 0.f;
+      token[CH + c] = kZoh ? x[c] : token[c] * x[c];
+      slope[c] = step.slope;
+    }
+    write_floats<2 * CH>(const_cast<float*>(tile.tokens) + (t * p.block_channels + seat.c) * 2, token);
+    if (rewrite) {
+      const int at = t * p.block_channels + seat.c;
+      if constexpr (kReads != Reads::c_dy) write_floats<CH>(const_cast<float*>(tile.x) + at, x);
+      if constexpr (kReads != Reads::b_x) write_floats<CH>(const_cast<float*>(tile.dy) + at, dy);
+    }
+    if constexpr (kReads == Reads::all)
+      write_floats<CH>(reinterpret_cast<float*>(shared + p.slope_at) + t * p.block_channels + seat.c, slope);
+  }
+  __syncwarp();  // the lanes of a channel are in one warp
+  return tile;
+}
+
+template <int NS, int CH, bool kSharedDecay, bool kZoh>
+__device__ inline void advance(const BackwardParams& p, const Tile& tile, const Seat& seat,
+                               const float (&a)[CH][kSharedDecay ? 1 : NS], int t, float (&h)[CH][NS]) {
+  float token[2 * CH], b[NS];
+  read_floats<2 * CH>(tile.tokens + (t * p.block_channels + seat.c) * 2, token);
+  read_floats<NS>(tile.rows + t * p.pitch + seat.lane * NS, b);
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+#pragma unroll
+    for (int j = 0; j < NS; ++j) {
+      const float a_j = a[c][kSharedDecay ? 0 : j];
+      const float decay = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_j);
+      float input = token[CH + c];
+      if constexpr (kZoh) input *= zoh_weight(token[c], token[c] * (a_j * kLn2), decay, a_j * kLn2);
+      h[c][j] = fmaf(decay, h[c][j], input * b[j]);
+    }
+  }
 }
 
 // Phase 1: the gradient that a chunk hands to the chunk scanned before it, from a zero start, and its sum of steps.
-template <typename T, int NS, bool kSharedDecay>
-__device__ float summarize_chunk(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
-                                 int chunk, float (&g)[NS]) {
-  const Seat<T> seat(p, track);
-  constexpr int kDecays = kSharedDecay ? 1 : NS;
-  float a2[kDecays];
-  load_decays<NS, kSharedDecay>(p, track, seat.c, seat.lane, a2);
-#pragma unroll
-  for (int i = 0; i < kDecays; ++i) a2[i] *= kLog2e;
-  __syncthreads();
-  stage_weight(p, track, shared.weight);
-  const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
+template <int NS, int CH, bool kSharedDecay>
+__device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const Track& track, int begin, int end,
+                                float (&g)[CH][NS], float (&step_sum)[CH]) {
+  const Walk<CH> walk(p, seat, track, end);
+  float a[CH][kSharedDecay ? 1 : NS];
+  load_decays<NS, CH, kSharedDecay>(p, track, walk.d, seat.lane, a);
   const int tiles = (end - begin + kTile - 1) / kTile;
-  float step_sum = 0.f;
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int q0 = begin + (track.reversed ? tile : tiles - 1 - tile) * kTile;
-    stage_tile(p, shared, track, seat, columns_c(p), q0, end);
+  auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kTile; };
+  issue_tile<Reads::c_dy>(p, seat, walk, first_token(0), 0);
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i) {
+    const Tile tile = prepare_tile<Reads::c_dy, false>(p, seat, walk, first_token(i), i & 1, [&] {
+      if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, seat, walk, first_token(i + 1), ~i & 1);
+    });
 #pragma unroll 2
-    for (int i = 0; i < kTile; ++i) {
-      const int t = track.reversed ? i : kTile - 1 - i;
-      const Token token = shared.token[t * p.block_channels + seat.c];
-      float c[NS];
-      read_states<NS>(shared.rows + t * p.pitch + p.padded_states + seat.lane * NS, c);
-      float shared_decay = 0.f;
-      if constexpr (kSharedDecay) shared_decay = exp2_fast(token.step * a2[0]);
+    for (int j = 0; j < kTile; ++j) {
+      const int t = track.reversed ? j : kTile - 1 - j;
+      float token[2 * CH], dy[CH], c_row[NS];
+      read_floats<2 * CH>(tile.tokens + (t * p.block_channels + seat.c) * 2, token);
+      read_floats<CH>(tile.dy + t * p.block_channels + seat.c, dy);
+      read_floats<NS>(tile.rows + t * p.pitch + p.padded_states + seat.lane * NS, c_row);
 #pragma unroll
-      for (int j = 0; j < NS; ++j) {
-        const float decay = kSharedDecay ? shared_decay : exp2_fast(token.step * a2[kSharedDecay ? 0 : j]);
-        g[j] = decay * fmaf(c[j], token.dy, g[j]);
+      for (int c = 0; c < CH; ++c) {
+        const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+#pragma unroll
+        for (int n = 0; n < NS; ++n) {
+          const float decay = kSharedDecay ? shared_decay : exp2_fast(token[c] * a[c][kSharedDecay ? 0 : n]);
+          g[c][n] = decay * fmaf(c_row[n], dy[c], g[c][n]);
+        }
+        step_sum[c] += token[c];
       }
-      step_sum += token.step;
     }
   }
-  return step_sum;
 }
 
-// Sums v over the lanes that differ in bit `first` of the lane number or a higher one. While a lane holds more than one
-// value, each step also halves them: the lane whose bit is set keeps the upper half. Returns the index of v[0] among
-// the values it started with; duplicates (more lanes than values) hold the same sums.
-template <int NV>
-__device__ inline int sum_over_lanes(float (&v)[NV], int first, int lane_id) {
-  int off = first, base = 0;
+// Sums v over the lanes that differ in a bit from `first` up to below `last`. While a lane holds more than one value,
+// each step also halves them: the lane whose bit is set keeps the upper half. Returns the index of v[0] among the values
+// it started with; duplicates (more lanes than values) hold the same sums. kFirst and kLast are known for the default
+// layout (0: taken at run time).
+template <int kFirst, int kLast, int NV>
+__device__ inline int sum_over_lanes(float (&v)[NV], int first, int last, int lane_id) {
+  int base = 0;
+  if constexpr (kLast > 0) {
+    first = kFirst;
+    last = kLast;
+  }
+  int off = first;
 #pragma unroll
   for (int count = NV / 2; count >= 1; count /= 2) {
-    if (off < 32) {
+    if (off < last) {
       const bool upper = lane_id & off;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
@@ -198,15 +260,19 @@ __device__ inline int sum_over_lanes(float (&v)[NV], int first, int lane_id) {
       off *= 2;
     }
   }
-  for (; off < 32; off *= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], off);
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    if (off < last) v[0] += __shfl_xor_sync(0xffffffffu, v[0], off);
+    off *= 2;
+  }
   return base;
 }
 
-// The gradients that a thread accumulates over a chunk.
-template <int NS, bool kSharedDecay>
+// The gradients that a thread accumulates over a chunk: of its states, and of its share of the tokens.
+template <int NS, int CH, bool kSharedDecay>
 struct ParameterGradients {
-  float a[kSharedDecay ? 1 : NS];  // recurrence role
-  float bias, skip;                // data-moving role
+  float a[CH][kSharedDecay ? 1 : NS];
+  float bias[CH], skip[CH];
 };
 
 // Which of the contributions to a row of dproj this walk is.
@@ -217,292 +283,359 @@ struct Contribution {
   bool first_dx, last_dx;    // to dx: one per path
 };
 
-// After a tile: dx and dproj of its tokens to memory, and the sums over tokens of the parameter gradients.
-template <typename T, int NS, bool kSharedDecay>
-__device__ void finish_tile(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track,
-                            const Seat<T>& seat, const Contribution& part,
-                            ParameterGradients<NS, kSharedDecay>& grads) {
+__device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float v, bool first, bool last) {
+  if (!first) v += __ldcg(p.dproj_sum + to);
+  if (last) {
+    store_as(p.dproj, to, v, p);
+  } else {
+    p.dproj_sum[to] = v;
+  }
+}
+
+// After a tile: the warps' sums become rows of dproj. Between two barriers.
+__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Track& track,
+                                   const Contribution& part, int q0, int end) {
+  const int row = p.row(), warps = blockDim.x / 32;
   const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens;
   const int64_t source_image = (int64_t{p.source(track.m)} * p.batch + track.b) * p.tokens;
-  const int channels = p.block_channels, thread = recomputed(threadIdx.x);
-  const int slot = recomputed(seat.slot), moved_c = recomputed(seat.moved_c);
+  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at);
+  const int lane = opaque(seat.copy_lane), t = seat.copy_token;
+  if (t >= kTile || q0 + t >= end) return;
+  const int64_t pixel = track.pixel(p, q0 + t);
+  const int64_t own = ((image + pixel) * p.paths + track.k) * row;
+  const int64_t from = ((source_image + pixel) * p.paths + track.k) * row;
 #pragma unroll 1
-  for (int t = slot; t < kTile; t += p.state_lanes) {
-    const TokenPlace place = shared.places[t];
-    if (!seat.moves || !place.valid) continue;
-    const Token token = shared.token[t * channels + moved_c];
-    const float2 grad = shared.grad[t * channels + moved_c];
-    grads.bias += grad.x;
-    grads.skip = fmaf(token.dy, token.x, grads.skip);
-    const int64_t pixel = image + place.pixel, d = seat.first_d + moved_c;
-    if (p.ddelta != nullptr) encode(grad.x, p.is_bf16, p.ddelta + (pixel * p.paths + track.k) * p.channels + d);
-    const int64_t to = (p.x_per_path ? pixel * p.paths + track.k : pixel) * p.channels + d;
-    const float dx = part.first_dx ? grad.y : p.dx_sum[to] + grad.y;
-    if (part.last_dx) {
-      encode(dx, p.is_bf16, p.dx + to);
+  for (int j = lane; j < row; j += p.copy_lanes) {
+    const int n = j - p.rank;  // of [B | C]
+    const int column = n < 0 ? 2 * p.padded_states + j : n < p.states ? n : p.padded_states + n - p.states;
+    float sum = 0.f;
+    for (int w = 0; w < warps; ++w) sum += sums[(w * kTile + t) * p.pitch + column];
+    if (n < 0) {
+      add_to_dproj(p, own + j, sum, part.first_low, part.last_low);
     } else {
-      p.dx_sum[to] = dx;
+      add_to_dproj(p, from + j, sum, part.first_bc, part.last_bc);
+      if (part.zero_own_bc) store_as(p.dproj, own + j, 0.f, p);
     }
   }
-  auto add_to_dproj = [&](int64_t to, float v, bool first, bool last) {
-    if (!first) v += p.dproj_sum[to];
-    if (last) {
-      encode(v, p.is_bf16, p.dproj + to);
-    } else {
-      p.dproj_sum[to] = v;
+}
+
+// After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
+// the sums over tokens of the parameter gradients.
+template <int NS, int CH, bool kSharedDecay, bool kZoh>
+__device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, const Walk<CH>& walk, const Tile& tile,
+                                     const Contribution& part, const float (&skip)[CH], int q0,
+                                     ParameterGradients<NS, CH, kSharedDecay>& grads) {
+  const Track& track = walk.track;
+  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens;
+  const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* const warp_sums =
+      reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
+  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.sums_at);
+  const float* const slopes = reinterpret_cast<const float*>(seat.shared + p.slope_at);
+  const float* const weight = reinterpret_cast<const float*>(seat.shared + p.weight_at) + seat.c;
+  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at) + seat.c;
+  const int first = opaque(seat.lane);
+#pragma unroll 1
+  for (int t0 = 0; t0 < kTile; t0 += p.state_lanes) {
+    const int t = t0 + first;
+    const bool exists = t < kTile;  // more lanes than tokens: the rest only takes part in the sums
+    float draw[CH] = {};
+    if (exists) {
+      const int at = t * p.block_channels + seat.c;
+      float sum[2 * CH], x[CH], dy[CH], slope[CH], token[2 * CH], dx[CH];
+      read_floats<2 * CH>(sums + at * 2, sum);
+      read_floats<CH>(tile.x + at, x);
+      read_floats<CH>(tile.dy + at, dy);
+      read_floats<CH>(slopes + at, slope);
+      read_floats<2 * CH>(tile.tokens + at * 2, token);
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        // sum: d step through the decay, and dh * B (zoh: d step in full, and dx)
+        const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
+        draw[c] = dstep * slope[c];
+        dx[c] = fmaf(skip[c], dy[c], kZoh ? sum[CH + c] : token[c] * sum[CH + c]);
+        grads.bias[c] += draw[c];
+        grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
+      }
+      if (q0 + t < walk.end) {
+        const int64_t pixel = image + track.pixel(p, q0 + t);
+        const int64_t to = (p.x_per_path ? pixel * p.paths + track.k : pixel) * p.channels + walk.d;
+        const bool pair = CH == 2 && p.channels % 2 == 0 && !p.half;
+        if (pair && walk.d < p.channels) {
+          if (part.first_dx) {
+            write_floats<CH>(p.dx_sum + to, dx);
+          } else {
+            add_at<CH>(p.dx_sum + to, dx);
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          if (walk.d + c >= p.channels) break;
+          if (p.ddelta != nullptr)
+            store_as(p.ddelta, (pixel * p.paths + track.k) * p.channels + walk.d + c, draw[c], p);
+          if (pair) continue;
+          if (p.half && part.last_dx) {
+            store_as(p.dx, to + c, part.first_dx ? dx[c] : __ldcg(p.dx_sum + to + c) + dx[c], p);
+          } else if (part.first_dx) {
+            p.dx_sum[to + c] = dx[c];
+          } else {
+            const float one[1] = {dx[c]};
+            add_at<1>(p.dx_sum + to + c, one);
+          }
+        }
+      }
     }
-  };
-  const int row = p.row(), warps = blockDim.x / 32, columns = 2 * p.padded_states;
-  for (int i = thread; i < kTile * 2 * p.states; i += blockDim.x) {
-    const int t = i / (2 * p.states), j = i % (2 * p.states);
-    const TokenPlace place = shared.places[t];
-    if (!place.valid) continue;
-    const int column = j < p.states ? j : p.padded_states + j - p.states;
-    float sum = 0.f;
-    for (int w = 0; w < warps; ++w) sum += shared.sums[(w * kTile + t) * columns + column];
-    add_to_dproj(((source_image + place.pixel) * p.paths + track.k) * row + p.rank + j, sum, part.first_bc,
-                 part.last_bc);
-    if (part.zero_own_bc)
-      encode(0.f, p.is_bf16, p.dproj + ((image + place.pixel) * p.paths + track.k) * row + p.rank + j);
-  }
-  // d low rank: one warp per (token, r) adds over the channels.
-  for (int i = thread / 32; i < kTile * p.rank; i += warps) {
-    const int t = i / p.rank, r = i % p.rank, lane = thread % 32;
-    float sum = 0.f;
-    for (int c = lane; c < channels; c += 32)
-      sum = fmaf(shared.grad[t * channels + c].x, shared.weight[r * channels + c], sum);
-    for (int off = 16; off > 0; off /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, off);
-    const TokenPlace place = shared.places[t];
-    if (lane == 0 && place.valid)
-      add_to_dproj(((image + place.pixel) * p.paths + track.k) * row + r, sum, part.first_low, part.last_low);
-  }
-  for (int r = slot; r < p.rank; r += p.state_lanes) {
-    float sum = shared.dweight[r * channels + moved_c];
-    for (int t = 0; t < kTile; ++t)
-      sum = fmaf(shared.grad[t * channels + moved_c].x, shared.rows[t * p.pitch + 2 * p.padded_states + r], sum);
-    shared.dweight[r * channels + moved_c] = sum;
+#pragma unroll 1
+    for (int r = 0; r < p.rank; ++r) {
+      float w[CH], dw[CH], low = 0.f;
+      read_floats<CH>(weight + r * p.block_channels, w);
+      const float value = exists ? tile.rows[t * p.pitch + 2 * p.padded_states + r] : 0.f;
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        low = fmaf(draw[c], w[c], low);
+        dw[c] = draw[c] * value;
+      }
+      for (int off = p.state_lanes; off < 32; off *= 2) low += __shfl_xor_sync(0xffffffffu, low, off);
+      if (exists && lane_id < p.state_lanes) warp_sums[t * p.pitch + r] = low;
+      for (int off = 1; off < p.state_lanes; off *= 2)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) dw[c] += __shfl_xor_sync(0xffffffffu, dw[c], off);
+      if (seat.lane == 0)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) dweight[r * p.block_channels + c] += dw[c];
+    }
   }
 }
 
 // Phase 3: one chunk of one path, against the scan. g is the gradient that the chunk scanned next hands over.
-template <typename T, int NS, bool kSharedDecay, bool kZoh>
-__device__ void walk_back(const BackwardParams<T>& p, const BackwardShared<T>& shared, const Track<T>& track, int chunk,
-                          const Contribution& part, float (&g)[NS]) {
-  const Seat<T> seat(p, track);
-  const int channels = p.block_channels, lane_id = threadIdx.x % 32;
-  constexpr int kDecays = kSharedDecay ? 1 : NS;
-  float a[kDecays];
-  load_decays<NS, kSharedDecay>(p, track, seat.c, seat.lane, a);
-  const bool owns = seat.first_d + seat.c < p.channels;
-  const float skip = p.d != nullptr && owns ? p.d[track.mk(p) * p.channels + seat.first_d + seat.c] : 0.f;
-  ParameterGradients<NS, kSharedDecay> grads = {};
-  __syncthreads();
-  stage_weight(p, track, shared.weight);
-  for (int i = threadIdx.x; i < p.rank * channels; i += blockDim.x) shared.dweight[i] = 0.f;
-
+// kLanes: state_lanes where known at compile time, else 0.
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track& track, int chunk,
+                          const Contribution& part, float (&g)[CH][NS]) {
   const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
+  const Walk<CH> walk(p, seat, track, end);
+  const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = kLanes > 0 ? kLanes : p.state_lanes;
+  constexpr int kDecays = kSharedDecay ? 1 : NS;
+  float a[CH][kDecays], skip[CH];
+  load_decays<NS, CH, kSharedDecay>(p, track, walk.d, seat.lane, a);
+#pragma unroll
+  for (int c = 0; c < CH; ++c)
+    skip[c] = p.d != nullptr && walk.d + c < p.channels ? p.d[track.mk(p) * p.channels + walk.d + c] : 0.f;
+  ParameterGradients<NS, CH, kSharedDecay> grads = {};
+  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at);
+  for (int i = threadIdx.x; i < p.rank * p.block_channels; i += blockDim.x) dweight[i] = 0.f;
+  float* const history = reinterpret_cast<float*>(seat.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
+  constexpr int V = NS % 4 == 0 ? 4 : 1;
+  auto history_at = [&](int tile, int c, int j) {
+    return history + (((tile * CH + c) * (NS / V) + j / V) * blockDim.x + threadIdx.x) * V;
+  };
+  float* const warp_sums = reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch;
+  float* const sums = reinterpret_cast<float*>(seat.shared + p.sums_at);
+
   const int pieces = (end - begin + int{kCheckpoint} - 1) / int{kCheckpoint};
   const int64_t plane = int64_t{p.states} * p.channels;
+#pragma unroll 1
   for (int piece = 0; piece < pieces; ++piece) {
     const int piece_begin = begin + (track.reversed ? piece : pieces - 1 - piece) * int{kCheckpoint};
     const int tiles = (min(piece_begin + int{kCheckpoint}, end) - piece_begin + kTile - 1) / kTile;
-    float h[NS] = {};
-    if (owns) {
-      const int64_t saved = track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint};
-      load_state<NS>(p, p.saved_states + saved * plane + seat.first_d + seat.c, seat.lane, h);
+    auto first_token = [&](int tile) { return piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
+    __syncthreads();  // the buffers of the piece before are free
+    if (tiles > 1) {
+      issue_tile<Reads::b_x>(p, seat, walk, first_token(0), 0);
+    } else {
+      issue_tile<Reads::all>(p, seat, walk, first_token(0), 0);
     }
+    float h[CH][NS] = {};
+    load_state<NS, CH>(p, p.saved_states + (track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint}) * plane, walk.d,
+                       seat.lane, h);
     // Along the scan: the state at the entry of every tile.
-    for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll 1
+    for (int i = 0; i < tiles - 1; ++i) {
 #pragma unroll
-      for (int j = 0; j < NS; ++j) shared.history[(tile * NS + j) * blockDim.x + threadIdx.x] = h[j];
-      if (tile == tiles - 1) break;
-      const int q0 = piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile;
-      stage_tile(p, shared, track, seat, columns_b(p), q0, end);
-#pragma unroll 2
-      for (int i = 0; i < kTile; ++i) {
-        const int t = track.reversed ? kTile - 1 - i : i;
-        const Token token = shared.token[t * channels + seat.c];
-        float b[NS];
-        read_states<NS>(shared.rows + t * p.pitch + seat.lane * NS, b);
-        float shared_decay = 0.f;
-        const float step2 = token.step * kLog2e;
-        if constexpr (kSharedDecay) shared_decay = exp2_fast(step2 * a[0]);
+      for (int c = 0; c < CH; ++c)
 #pragma unroll
-        for (int j = 0; j < NS; ++j) {
-          const float a_j = a[kSharedDecay ? 0 : j];
-          const Advance to = advance_of<kZoh>(token.step, step2, a_j, shared_decay, kSharedDecay);
-          h[j] = fmaf(to.decay, h[j], to.bbar * token.x * b[j]);
+        for (int j = 0; j < NS; j += V) {
+          float part_of[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) part_of[v] = h[c][j + v];
+          write_floats<V>(history_at(i, c, j), part_of);
         }
-      }
+      const Tile tile = prepare_tile<Reads::b_x, kZoh>(p, seat, walk, first_token(i), i & 1, [&] {
+        if (i + 2 < tiles) {
+          issue_tile<Reads::b_x>(p, seat, walk, first_token(i + 1), ~i & 1);
+        } else {
+          issue_tile<Reads::all>(p, seat, walk, first_token(i + 1), ~i & 1);
+        }
+      });
+#pragma unroll 2
+      for (int j = 0; j < kTile; ++j)
+        advance<NS, CH, kSharedDecay, kZoh>(p, tile, seat, a, track.reversed ? kTile - 1 - j : j, h);
     }
     // Against it: tile by tile.
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-      const int q0 = piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile;
-      stage_tile(p, shared, track, seat, columns_bc(p), q0, end);
-      float state[kTile + 1][NS];
+#pragma unroll 1
+    for (int i = tiles - 1; i >= 0; --i) {
+      const int q0 = first_token(i);
+      const Tile tile = prepare_tile<Reads::all, kZoh>(p, seat, walk, q0, i & 1, [&] {
+        if (i > 0) issue_tile<Reads::all>(p, seat, walk, first_token(i - 1), ~i & 1);
+      });
+      if (i < tiles - 1) {
 #pragma unroll
-      for (int j = 0; j < NS; ++j) state[0][j] = shared.history[(tile * NS + j) * blockDim.x + threadIdx.x];
+        for (int c = 0; c < CH; ++c)
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        const int t = recomputed(track.reversed ? kTile - 1 - i : i);
-        const Token token = shared.token[t * channels + seat.c];
-        float b[NS];
-        read_states<NS>(shared.rows + t * p.pitch + seat.lane * NS, b);
-        const float step2 = token.step * kLog2e;
-        const float shared_decay = kSharedDecay ? exp2_fast(step2 * a[0]) : 0.f;
+          for (int j = 0; j < NS; j += V) {
+            float part_of[V];
+            read_floats<V>(history_at(i, c, j), part_of);
 #pragma unroll
-        for (int j = 0; j < NS; ++j) {
-          const float a_j = a[kSharedDecay ? 0 : j];
-          const Advance to = advance_of<kZoh>(token.step, step2, a_j, shared_decay, kSharedDecay);
-          state[i + 1][j] = fmaf(to.decay, state[i][j], to.bbar * token.x * b[j]);
-        }
-      }
-      // Per token: d step through the decay and the input weight ([0]), and dx ([1]), of this thread's states.
-      float token_sums[2 * kTile];
-#pragma unroll
-      for (int i = kTile - 1; i >= 0; --i) {
-        const int t = recomputed(track.reversed ? kTile - 1 - i : i);
-        const Token token = shared.token[t * channels + seat.c];
-        const float* row = shared.rows + t * p.pitch + seat.lane * NS;
-        float b[NS], c[NS], products[2 * NS];  // dB then dC of the thread's states
-        read_states<NS>(row, b);
-        read_states<NS>(row + p.padded_states, c);
-        float step_sum = 0.f, x_sum = 0.f;
-        const float step2 = token.step * kLog2e;
-        const float shared_decay = kSharedDecay ? exp2_fast(step2 * a[0]) : 0.f;
-#pragma unroll
-        for (int j = 0; j < NS; ++j) {
-          const float a_j = a[kSharedDecay ? 0 : j], e = kSharedDecay ? shared_decay : exp2_fast(step2 * a_j);
-          const float dh = fmaf(c[j], token.dy, g[j]);
-          const float dz = dh * e * state[i][j];
-          float bbar = token.step, da = token.step * dz;
-          step_sum = fmaf(a_j, dz, step_sum);
-          const float db = dh * b[j];
-          if constexpr (kZoh) {
-            const float z = token.step * a_j, dbbar = db * token.x;
-            bbar = zoh_weight(token.step, z, e, a_j);
-            da = fmaf(dbbar, zoh_weight_slope(token.step, z, e, bbar, a_j), da);
-            step_sum = fmaf(dbbar, e, step_sum);
-          } else {
-            step_sum = fmaf(token.x, db, step_sum);
+            for (int v = 0; v < V; ++v) h[c][j + v] = part_of[v];
           }
-          x_sum = fmaf(bbar, db, x_sum);
-          grads.a[kSharedDecay ? 0 : j] += da;
-          products[j] = bbar * token.x * dh;
-          products[NS + j] = token.dy * state[i + 1][j];
-          g[j] = e * dh;
-        }
-        token_sums[2 * i] = step_sum;
-        token_sums[2 * i + 1] = x_sum;
-        // Over the warp's channels: lanes a multiple of state_lanes apart.
-        const int base = sum_over_lanes(products, p.state_lanes, lane_id);
-        const int held = max(1, 2 * NS * p.state_lanes / 32);
-        const bool duplicate = lane_id >= 2 * NS * p.state_lanes;
+      }
+      float state[kTile][CH][NS];  // before each token
 #pragma unroll
-        for (int v = 0; v < 2 * NS; ++v) {
-          if (v < held && !duplicate) {
-            const int index = base + v, n = seat.lane * NS + index % NS;
-            shared
-                .sums[((threadIdx.x / 32) * kTile + t) * 2 * p.padded_states + (index < NS ? n : p.padded_states + n)] =
-                products[v];
+      for (int j = 0; j < kTile; ++j) {
+        const int t = opaque(track.reversed ? kTile - 1 - j : j);
+#pragma unroll
+        for (int c = 0; c < CH; ++c)
+#pragma unroll
+          for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
+        advance<NS, CH, kSharedDecay, kZoh>(p, tile, seat, a, t, h);
+        float dy[CH], dc[NS];
+        read_floats<CH>(tile.dy + t * p.block_channels + seat.c, dy);
+#pragma unroll
+        for (int n = 0; n < NS; ++n) {
+          dc[n] = dy[0] * h[0][n];
+#pragma unroll
+          for (int c = 1; c < CH; ++c) dc[n] = fmaf(dy[c], h[c][n], dc[n]);
+        }
+        const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(dc, lanes, 32, lane_id);
+        const int held = max(1, NS * lanes / 32);
+#pragma unroll
+        for (int v = 0; v < NS; ++v)
+          if (v < held && lane_id < NS * lanes)
+            warp_sums[t * p.pitch + p.padded_states + seat.lane * NS + base + v] = dc[v];
+      }
+#pragma unroll
+      for (int j = kTile - 1; j >= 0; --j) {
+        const int t = opaque(track.reversed ? kTile - 1 - j : j);
+        const float* row = tile.rows + t * p.pitch + seat.lane * NS;
+        float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
+        float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
+        read_floats<2 * CH>(tile.tokens + (t * p.block_channels + seat.c) * 2, token);
+        read_floats<CH>(tile.dy + t * p.block_channels + seat.c, dy);
+        read_floats<NS>(row, b);
+        read_floats<NS>(row + p.padded_states, c_row);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+#pragma unroll
+          for (int n = 0; n < NS; ++n) {
+            const float a_n = a[c][kSharedDecay ? 0 : n];
+            const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
+            const float dh = fmaf(c_row[n], dy[c], g[c][n]);
+            g[c][n] = e * dh;
+            const float dz = g[c][n] * state[j][c][n];
+            if constexpr (kZoh) {
+              const float natural = a_n * kLn2, z = token[c] * natural;
+              const float bbar = zoh_weight(token[c], z, e, natural), x = token[CH + c], dbbar = dh * b[n] * x;
+              grads.a[c][kSharedDecay ? 0 : n] +=
+                  fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
+              sum[c] += fmaf(dbbar, e, natural * dz);
+              sum[CH + c] = fmaf(bbar, dh * b[n], sum[CH + c]);
+              db[n] = fmaf(bbar * x, dh, db[n]);
+            } else {
+              float& da = grads.a[c][kSharedDecay ? 0 : n];
+              da = fmaf(token[c], dz, da);
+              sum[c] = fmaf(a_n, dz, sum[c]);
+              sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+              db[n] = fmaf(token[CH + c], dh, db[n]);
+            }
           }
         }
-      }
-      // Over the lanes of a channel, splitting the tokens among them.
-      int off = 1, first_token = 0, tokens_held = kTile;
+        const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(db, lanes, 32, lane_id);
+        const int held = max(1, NS * lanes / 32);
 #pragma unroll
-      for (int count = kTile / 2; count >= 1; count /= 2) {
-        if (off < p.state_lanes) {
-          const bool upper = seat.lane & off;
+        for (int v = 0; v < NS; ++v)
+          if (v < held && lane_id < NS * lanes) warp_sums[t * p.pitch + seat.lane * NS + base + v] = db[v];
+        const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
+        const int sum_held = max(1, 2 * CH / lanes);
 #pragma unroll
-          for (int v = 0; v < 2 * count; ++v) {
-            const float sent = upper ? token_sums[v] : token_sums[v + 2 * count];
-            const float kept = upper ? token_sums[v + 2 * count] : token_sums[v];
-            token_sums[v] = kept + __shfl_xor_sync(0xffffffffu, sent, off);
-          }
-          first_token += upper ? count : 0;
-          tokens_held = count;
-          off *= 2;
-        }
+        for (int v = 0; v < 2 * CH; ++v)
+          if (v < sum_held && seat.lane < 2 * CH)
+            sums[(t * p.block_channels + seat.c) * 2 + sum_base + v] = sum[v];
       }
-      for (; off < p.state_lanes; off *= 2) {
-        token_sums[0] += __shfl_xor_sync(0xffffffffu, token_sums[0], off);
-        token_sums[1] += __shfl_xor_sync(0xffffffffu, token_sums[1], off);
-      }
-#pragma unroll
-      for (int v = 0; v < kTile; ++v) {
-        if (v < tokens_held && seat.lane < kTile) {
-          const int i = first_token + v, t = track.reversed ? kTile - 1 - i : i;
-          const Token token = shared.token[t * channels + seat.c];
-          shared.grad[t * channels + seat.c] =
-              make_float2(token_sums[2 * v] * token.slope, fmaf(skip, token.dy, token_sums[2 * v + 1]));
-        }
-      }
+      __syncwarp();
+      finish_tokens<NS, CH, kSharedDecay, kZoh>(p, seat, walk, tile, part, skip, q0, grads);
       __syncthreads();
-      finish_tile<T, NS, kSharedDecay>(p, shared, track, seat, part, grads);
+      write_dproj(p, seat, track, part, q0, end);
     }
   }
 
   // This chunk's part of the parameter gradients.
   const int64_t parameters = int64_t{p.modalities} * p.paths * p.channels;
-  const int64_t part_index = int64_t{track.b} * p.chunks + chunk;
-  const int64_t mkd = part_index * parameters + track.mk(p) * p.channels + seat.first_d;
-  if constexpr (kSharedDecay) {
-    for (int off = 1; off < p.state_lanes; off *= 2) grads.a[0] += __shfl_xor_sync(0xffffffffu, grads.a[0], off);
-    if (owns && seat.lane == 0) p.da[mkd + seat.c] = grads.a[0];
-  } else if (owns) {
+  const int64_t mkd = (int64_t{track.b} * p.chunks + chunk) * parameters + track.mk(p) * p.channels + walk.d;
 #pragma unroll
-    for (int j = 0; j < NS; ++j) {
-      const int n = seat.lane * NS + j;
-      if (n < p.states) p.da[(mkd + seat.c) * p.states + n] = grads.a[j];
+  for (int c = 0; c < CH; ++c) {
+    const bool exists = walk.d + c < p.channels;
+    for (int off = 1; off < p.state_lanes; off *= 2) {
+      if constexpr (kSharedDecay) grads.a[c][0] += __shfl_xor_sync(0xffffffffu, grads.a[c][0], off);
+      grads.bias[c] += __shfl_xor_sync(0xffffffffu, grads.bias[c], off);
+      grads.skip[c] += __shfl_xor_sync(0xffffffffu, grads.skip[c], off);
     }
-  }
-  // The tokens of a channel went through its first min(state_lanes, kTile) data-moving threads; shared.grad is free
-  // again behind the barrier.
-  __syncthreads();
-  if (seat.slot < kTile) shared.grad[seat.slot * channels + seat.moved_c] = make_float2(grads.bias, grads.skip);
-  __syncthreads();
-  if (seat.slot == 0 && seat.moves) {
-    float2 sum = make_float2(0.f, 0.f);
-    for (int s = 0; s < min(p.state_lanes, kTile); ++s) {
-      sum.x += shared.grad[s * channels + seat.moved_c].x;
-      sum.y += shared.grad[s * channels + seat.moved_c].y;
+    if (!exists) continue;
+    if constexpr (kSharedDecay) {
+      if (seat.lane == 0) p.da[mkd + c] = grads.a[c][0];
+    } else {
+#pragma unroll
+      for (int j = 0; j < NS; ++j) {
+        const int n = seat.lane * NS + j;
+        if (n < p.states) p.da[(mkd + c) * p.states + n] = grads.a[c][j];
+      }
     }
-    if (p.ddt_bias != nullptr) p.ddt_bias[mkd + seat.moved_c] = sum.x;
-    if (p.dd != nullptr) p.dd[mkd + seat.moved_c] = sum.y;
-    for (int r = 0; r < p.rank; ++r)
-      p.ddt_weight[(mkd + seat.moved_c) * p.rank + r] = shared.dweight[r * channels + seat.moved_c];
+    if (seat.lane == 0) {
+      if (p.ddt_bias != nullptr) p.ddt_bias[mkd + c] = grads.bias[c];
+      if (p.dd != nullptr) p.dd[mkd + c] = grads.skip[c];
+      for (int r = 0; r < p.rank; ++r)
+        p.ddt_weight[(mkd + c) * p.rank + r] = dweight[r * p.block_channels + seat.c + c];
+    }
   }
 }
 
-template <typename T, int NS, bool kSharedDecay, bool kZoh>
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    ss2d_backward_kernel(const __grid_constant__ BackwardParams<T> p) {
+    ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
   extern __shared__ float4 shared_base[];
-  const BackwardShared<T> shared(p, reinterpret_cast<float*>(shared_base));
   const auto grid = cooperative_groups::this_grid();
-  const int c = threadIdx.x / p.state_lanes, lane = threadIdx.x % p.state_lanes;
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
+  const Seat seat = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
+                     static_cast<int>(threadIdx.x) % p.copy_lanes, static_cast<int>(threadIdx.x) / p.copy_lanes,
+                     reinterpret_cast<char*>(shared_base)};
   const int64_t plane = int64_t{p.states} * p.channels;
 
-  clear_padding(p, shared.rows, kTile);
+  // Zeros where staged rows are padded: B and C of states that do not exist.
+  for (int i = threadIdx.x; i < p.history_at / 4; i += blockDim.x) reinterpret_cast<float*>(shared_base)[i] = 0.f;
+  __syncthreads();
   if (p.chunks > 1) {
     const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.paths * p.chunks;
     for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-      const Track<T> track = track_of(p, task / p.chunks / p.paths, static_cast<int>(task / p.chunks % p.paths));
-      const int64_t chunk = track.mbk(p) * p.chunks + task % p.chunks;
-      float g[NS] = {};
-      const float steps = summarize_chunk<T, NS, kSharedDecay>(p, shared, track, static_cast<int>(task % p.chunks), g);
-      const int d = track.group * p.block_channels + c;
-      if (d < p.channels) {
-        store_state<NS>(p, p.chunk_state + chunk * plane + d, lane, g);
-        if (lane == 0) p.chunk_steps[chunk * p.channels + d] = steps;
+      const int chunk = static_cast<int>(task % p.chunks), path = static_cast<int>(task / p.chunks % p.paths);
+      const int64_t sequence = task / p.chunks / p.paths;
+      const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
+      const int begin = chunk * p.chunk, d = track.first_d + seat.c;
+      float g[CH][NS] = {}, steps[CH] = {};
+      summarize_chunk<NS, CH, kSharedDecay>(p, seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      const int64_t at = track.mbk(p) * p.chunks + chunk;
+      store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, g);
+      if (seat.lane == 0) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c)
+          if (d + c < p.channels) p.chunk_steps[at * p.channels + d + c] = steps[c];
       }
     }
     grid.sync();
-    prefix_chunks(p, kSharedDecay, true);
+    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(seat.shared + p.history_at));
     grid.sync();
   }
   const int images = p.shared_source ? p.batch : p.modalities * p.batch;
+#pragma unroll 1
   for (int i = 0; i < p.paths; ++i) {
     if (i == p.row_paths && i > 0) grid.sync();
     for (int64_t task = blockIdx.x; task < int64_t{images} * p.chunks; task += gridDim.x) {
@@ -510,11 +643,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       const int first_m = p.shared_source ? 0 : image / p.batch, last_m = p.shared_source ? 1 : first_m;
       for (int m = first_m; m <= last_m; ++m) {
         for (int group = 0; group < p.groups; ++group) {
-          const Track<T> track(p, m, image % p.batch, p.order[i], group);
-          const int d = group * p.block_channels + c;
-          float g[NS] = {};
-          if (p.chunks > 1 && d < p.channels)
-            load_state<NS>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane + d, lane, g);
+          const Track track(p, int64_t{m} * p.batch + image % p.batch, p.order[i], group);
+          float g[CH][NS] = {};
+          if (p.chunks > 1)
+            load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + seat.c,
+                               seat.lane, g);
           const bool first_group = group == 0, last_group = group == p.groups - 1;
           const Contribution part = {first_group,
                                      last_group,
@@ -523,48 +656,91 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
                                      first_group && p.shared_source && p.source(m) != m,
                                      i == 0 || p.x_per_path,
                                      i == p.paths - 1 || p.x_per_path};
-          walk_back<T, NS, kSharedDecay, kZoh>(p, shared, track, chunk, part, g);
+          walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, track, chunk, part, g);
         }
       }
     }
   }
 }
 
-template <typename T>
-using BackwardKernel = void (*)(BackwardParams<T>);
+using BackwardKernel = void (*)(BackwardParams);
 
-// Eight states a thread only where 32 lanes of four do not suffice: its tile does not fit the registers.
-template <typename T>
-BackwardKernel<T> kernel_of(const SS2DProblem& problem, int states_per_thread) {
-  const bool zoh = problem.discretization == Discretization::zoh, shared = has_shared_decay(problem);
-  switch (states_per_thread) {
-    case 1:
-      return ss2d_backward_kernel<T, 1, false, false>;
-    case 4:
-      if (zoh) return shared ? ss2d_backward_kernel<T, 4, true, true> : ss2d_backward_kernel<T, 4, false, true>;
-      return shared ? ss2d_backward_kernel<T, 4, true, false> : ss2d_backward_kernel<T, 4, false, false>;
-    default:
-      if (zoh) return shared ? ss2d_backward_kernel<T, 8, true, true> : ss2d_backward_kernel<T, 8, false, true>;
-      return shared ? ss2d_backward_kernel<T, 8, true, false> : ss2d_backward_kernel<T, 8, false, false>;
+// Eight states of one channel only where 32 lanes of four do not suffice.
+template <bool kSharedDecay, bool kZoh>
+BackwardKernel kernel_with(const Layout& layout) {
+  if (layout.states_per_thread == 8) return ss2d_backward_kernel<8, 1, 0, kSharedDecay, kZoh>;
+  if constexpr (!kZoh) {
+    if (layout.states_per_thread == 4 && layout.state_lanes == 4)
+      return ss2d_backward_kernel<4, 2, 4, kSharedDecay, kZoh>;
   }
+  if constexpr (!kZoh && !kSharedDecay) {
+    if (layout.states_per_thread == 1) return ss2d_backward_kernel<1, 2, 1, kSharedDecay, kZoh>;
+  }
+  return ss2d_backward_kernel<4, 2, 0, kSharedDecay, kZoh>;
+}
+BackwardKernel kernel_of(const SS2DProblem& problem, const Layout& layout) {
+  const bool zoh = problem.discretization == Discretization::zoh;
+  if (has_shared_decay(problem)) return zoh ? kernel_with<true, true>(layout) : kernel_with<true, false>(layout);
+  return zoh ? kernel_with<false, true>(layout) : kernel_with<false, false>(layout);
+}
+
+Layout layout_of(const SS2DProblem& problem) {
+  const bool zoh = problem.discretization == Discretization::zoh;
+  Layout layout;
+  layout.states_per_thread = problem.states <= 1 && !zoh ? 1 : problem.states <= 128 ? 4 : 8;
+  layout.channels_per_thread = layout.states_per_thread == 8 ? 1 : 2;
+  layout.state_lanes = 1;
+  while (layout.states_per_thread * layout.state_lanes < problem.states) layout.state_lanes *= 2;
+  // Whole warps, blocks of channels of equal size.
+  const int64_t threads = ceil_div(problem.channels, layout.channels_per_thread) * layout.state_lanes;
+  const int64_t groups = ceil_div(threads, kMaxThreads);
+  layout.threads = static_cast<int>(ceil_div(ceil_div(threads, groups), 32) * 32);
+  layout.block_channels = layout.threads / layout.state_lanes * layout.channels_per_thread;
+  layout.groups = static_cast<int>(ceil_div(problem.channels, layout.block_channels));
+  layout.finish(problem);
+  return layout;
+}
+
+// Shared memory of a block; its size goes to the layout.
+void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
+  const int element = problem.dtype == DType::f32 ? 4 : 2, channels = layout.block_channels;
+  const int tile_bytes = kTile * channels * 4, raw_bytes = 2 * kTile * channels * element;
+  int bytes = 0;
+  auto reserve = [&](int count) {
+    const int at = bytes;
+    bytes += (count + 15) / 16 * 16;
+    return at;
+  };
+  params.rows_at = reserve(2 * kTile * layout.pitch * element);
+  params.decoded_rows_at = element == 2 ? reserve(kTile * layout.pitch * 4) : 0;
+  params.x_at = reserve(raw_bytes);
+  params.dy_at = reserve(raw_bytes);
+  params.decoded_at = element == 2 ? reserve(2 * tile_bytes) : 0;
+  params.delta_at = problem.rank == 0 ? reserve(raw_bytes) : 0;
+  params.token_at = reserve(2 * tile_bytes);
+  params.slope_at = reserve(tile_bytes);
+  params.sums_at = reserve(2 * tile_bytes);
+  params.weight_at = reserve(static_cast<int>(problem.rank + problem.rank % 2) * channels * 4);
+  params.dweight_at = reserve(static_cast<int>(problem.rank) * channels * 4);
+  params.warp_sums_at = reserve(layout.threads / 32 * kTile * layout.pitch * 4);
+  params.history_at = reserve(
+      std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
+  params.copy_lanes = layout.threads / kTile;
+  layout.shared_bytes = static_cast<size_t>(bytes);
 }
 
 bool shares_source(const SS2DProblem& problem) {
   return problem.exchange == Exchange::from_visible || problem.exchange == Exchange::from_infrared;
 }
 
-Plan plan_of(const SS2DProblem& problem) {
-  Layout layout;
-  const bool zoh = problem.discretization == Discretization::zoh;
-  layout.states_per_thread = problem.states <= 1 && !zoh ? 1 : problem.states <= 128 ? 4 : 8;
-  layout.lay_over(problem, kMaxThreads);
-  layout.shared_bytes = shared_bytes_of(layout, problem.rank);
-  const int resident = with_element(problem, [&](auto element) {
-    using T = typename decltype(element)::type;
-    return resident_blocks(reinterpret_cast<const void*>(kernel_of<T>(problem, layout.states_per_thread)), layout);
-  });
+Plan plan_of(const SS2DProblem& problem, BackwardParams& params) {
+  Layout layout = layout_of(problem);
+  lay_out(problem, layout, params);
+  const int resident = resident_blocks(reinterpret_cast<const void*>(kernel_of(problem, layout)), layout);
   const int64_t images = (shares_source(problem) ? 1 : problem.modalities) * problem.batch;
-  Plan plan = chunk_plan(problem, layout, images, resident);
+  Plan plan = chunk_plan(problem, layout, images, resident, kCheckpoint);
+  plan.grid = std::max<int64_t>(
+      1, std::min<int64_t>(resident, plan.tasks * (plan.chunks > 1 ? problem.paths * layout.groups : 1)));
   if (problem.dtype != DType::f32) {
     const int64_t tokens = problem.modalities * problem.batch * problem.tokens();
     if (problem.paths > 1) plan.sum_at = plan.reserve(tokens * problem.channels);
@@ -576,35 +752,48 @@ Plan plan_of(const SS2DProblem& problem) {
 
 }  // namespace
 
-size_t ss2d_backward_workspace(const SS2DProblem& problem) { return plan_of(problem).workspace_floats * sizeof(float); }
+size_t ss2d_backward_workspace(const SS2DProblem& problem) {
+  BackwardParams params{};
+  return plan_of(problem, params).workspace_floats * sizeof(float);
+}
 
-int64_t ss2d_backward_parts(const SS2DProblem& problem) { return problem.batch * plan_of(problem).chunks; }
+int64_t ss2d_backward_parts(const SS2DProblem& problem) {
+  BackwardParams params{};
+  return problem.batch * plan_of(problem, params).chunks;
+}
 
 void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DGradients& gradients,
                    void* workspace, void* stream) {
-  const Plan plan = plan_of(problem);
-  with_element(problem, [&](auto element) {
-    using T = typename decltype(element)::type;
-    float* floats = static_cast<float*>(workspace);
-    const bool is_float = problem.dtype == DType::f32;
-    BackwardParams<T> params{};
-    fill_params<T>(params, problem, inputs, plan, floats);
-    params.dy = static_cast<const T*>(gradients.dy);
-    params.saved_states = static_cast<const float*>(gradients.states);
-    params.x_per_path = gradients.x_per_path;
-    params.shared_source = shares_source(problem);
-    params.dx = static_cast<T*>(gradients.dx);
-    params.dx_sum = is_float ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;
-    params.dproj = static_cast<T*>(gradients.dproj);
-    params.dproj_sum = is_float ? static_cast<float*>(gradients.dproj) : floats + plan.dproj_sum_at;
-    params.ddelta = static_cast<T*>(gradients.ddelta);
-    params.ddt_weight = static_cast<float*>(gradients.ddt_weight);
-    params.ddt_bias = static_cast<float*>(gradients.ddt_bias);
-    params.da = static_cast<float*>(gradients.da);
-    params.dd = static_cast<float*>(gradients.dd);
-    launch_cooperative(kernel_of<T>(problem, plan.layout.states_per_thread), plan, params, stream);
-    return 0;
-  });
+  BackwardParams params{};
+  const Plan plan = plan_of(problem, params);
+  float* floats = static_cast<float*>(workspace);
+  const bool is_float = problem.dtype == DType::f32;
+  fill_params(params, problem, inputs, plan, floats);
+  const Strides contiguous = {problem.batch * problem.tokens() * problem.channels,
+                              problem.tokens() * problem.channels, problem.width * problem.channels, problem.channels,
+                              0};
+  const int element = params.element_size();
+  params.dy = activation(problem, gradients.dy, contiguous, element, "dy",
+                         int64_t{plan.layout.block_channels} * element, problem.channels * element);
+  params.saved_states = static_cast<const float*>(gradients.states);
+  params.x_per_path = gradients.x_per_path;
+  params.shared_source = shares_source(problem);
+  params.dx = gradients.dx;
+  params.dx_sum = is_float ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;
+  params.dproj = gradients.dproj;
+  params.dproj_sum = is_float ? static_cast<float*>(gradients.dproj) : floats + plan.dproj_sum_at;
+  params.ddelta = gradients.ddelta;
+  params.ddt_weight = static_cast<float*>(gradients.ddt_weight);
+  params.ddt_bias = static_cast<float*>(gradients.ddt_bias);
+  params.da = static_cast<float*>(gradients.da);
+  params.dd = static_cast<float*>(gradients.dd);
+  int filled = 0;
+  for (int axis = 0; axis < 2; ++axis) {
+    for (int k = 0; k < problem.paths; ++k)
+      if ((problem.path[k] & 1) == axis) params.order[filled++] = k;
+    if (axis == 0) params.row_paths = filled;
+  }
+  launch_cooperative(kernel_of(problem, plan.layout), plan, params, stream);
 }
 
 }  // namespace cuda

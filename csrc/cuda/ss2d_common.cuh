@@ -1,10 +1,9 @@
-// What the forward and the backward kernel of ss2d share: how a block is laid over channels and states, how tokens
-// are addressed along a path, how a tile of tokens is staged in shared memory, and the scan over chunk summaries.
+// What the forward and the backward kernel of ss2d share: addressing tokens along a path, asynchronous copies of a
+// tile of tokens into shared memory, the step, the state in memory, and the scan over chunk summaries.
 //
-// A block owns `block_channels` channels; `state_lanes` neighbouring threads share a channel and each keeps NS of its
-// states in registers. Thread tid is (channel tid / state_lanes, lane tid % state_lanes) in the recurrences, and
-// (token slot tid / block_channels, channel tid % block_channels) where it moves data, so that global accesses are
-// coalesced: tokens are channels-last, so all four paths read rows of contiguous channels.
+// Layout of the work. `state_lanes` neighbouring threads share CH neighbouring channels; each of them keeps NS of the
+// channels' states in registers. So B and C of a token are read once for CH channels, and x, step and dy once for NS
+// states. Tokens are channels-last: all four paths read and write rows of contiguous channels.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,9 +17,8 @@
 namespace diffmf {
 namespace cuda {
 
-constexpr int kTile = 8;     // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
-constexpr int kRowRegs = 8;  // elements of the next tile's proj rows that a thread holds in registers
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kTile = 8;  // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 static_assert(kCheckpoint % kTile == 0, "tiles must not straddle pieces");
 
 // q / d for 0 <= q < 2^31 by one multiplication.
@@ -31,29 +29,33 @@ struct FastDiv {
     while ((uint64_t{1} << shift) < d) ++shift;
     multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
   }
-  __device__ uint32_t quotient(uint32_t q) const { return (__umulhi(q, multiplier) + q) >> shift; }
+  __device__ int quotient(int q) const {
+    return static_cast<int>((__umulhi(static_cast<uint32_t>(q), multiplier) + static_cast<uint32_t>(q)) >> shift);
+  }
 };
 
-template <typename T>
+// An activation tensor: strides in bytes; the pixels of an image are equally spaced, `pixel` bytes apart.
+struct Activation {
+  const char* data;
+  int64_t modality, batch, path;
+  int pixel;
+  int granule;  // bytes that can be copied at a time: 16, 8, 4 or 2
+};
+
 struct Params {
   int modalities, batch, paths, channels, states, rank, tokens, width;
-  FastDiv by_width, by_height;
+  FastDiv by_height;
   int path[kMaxPaths];
-  int order[kMaxPaths];  // the paths sorted by axis: row paths first
-  int row_paths;         // how many of them run along rows
   Exchange exchange;
+  DType dtype;
+  bool half;  // dtype is one of the 16-bit types
   bool softplus;
-  bool is_bf16;  // what the 16-bit T holds
 
-  int block_channels, state_lanes, groups;  // groups = blocks of channels
-  int padded_states, pitch;                 // NS * state_lanes; floats of a staged row
-  int row_shift;                            // 2^row_shift threads load one proj row together
-  int chunk, chunks;                        // tokens of a chunk (a multiple of kCheckpoint), chunks of the axis
+  int state_lanes, block_channels, groups;  // groups = blocks of channels
+  int padded_states, pitch;                 // NS * state_lanes; values of a staged row [B | C | low rank]
+  int chunk, chunks;                        // tokens of a chunk, chunks of the axis
 
-  const T* x;
-  const T* proj;
-  const T* delta;
-  Strides x_strides, proj_strides, delta_strides;
+  Activation x, proj, delta;
   const float* dt_weight;  // [M, K, D, R]
   const float* dt_bias;    // [M, K, D] or null
   const float* a;          // [M, K, D, N or 1]
@@ -62,34 +64,27 @@ struct Params {
   float* chunk_state;  // [M, B, K, chunks, N, D]
   float* chunk_steps;  // [M, B, K, chunks, D], the sum of the steps of a chunk
 
-  __device__ int source(int m) const {
-    switch (exchange) {
-      case Exchange::mutual:
-        return 1 - m;
-      case Exchange::from_visible:
-        return 1;
-      case Exchange::from_infrared:
-        return 0;
-      default:
-        return m;
-    }
-  }
+  __device__ int source(int m) const { return source_of(exchange, m); }
   __device__ int pieces() const { return (tokens + int{kCheckpoint} - 1) / int{kCheckpoint}; }
   __device__ int row() const { return rank + 2 * states; }
+  __device__ int element() const { return half ? 2 : 4; }
+  int element_size() const { return half ? 2 : 4; }
 };
 
-// A 16-bit activation. bf16 or f16 is decided where one is read or written, which is rare beside the arithmetic: half
-// the kernels to compile.
-struct Half16 {
-  uint16_t bits;
-};
-__device__ inline float decode(float v, bool) { return v; }
-__device__ inline float decode(Half16 v, bool is_bf16) {
-  return is_bf16 ? __uint_as_float(uint32_t{v.bits} << 16) : __half2float(__ushort_as_half(v.bits));
+// A 16-bit activation as float.
+__device__ inline float decode(uint16_t bits, DType dtype) {
+  return dtype == DType::bf16 ? __uint_as_float(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
 }
-__device__ inline void encode(float v, bool, float* to) { *to = v; }
-__device__ inline void encode(float v, bool is_bf16, Half16* to) {
-  to->bits = is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
+__device__ inline uint16_t encode(float v, DType dtype) {
+  return dtype == DType::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
+}
+// Element i of an output of type dtype.
+__device__ inline void store_as(void* to, int64_t i, float v, const Params& p) {
+  if (p.half) {
+    static_cast<uint16_t*>(to)[i] = encode(v, p.dtype);
+  } else {
+    static_cast<float*>(to)[i] = v;
+  }
 }
 
 // The special-function unit's 2^v: relative error 2^-22, and decays that would be denormal become zero.
@@ -117,7 +112,7 @@ __device__ inline Step softplus_step(float raw) {
   series = fmaf(series, s2, 1.f / 3.f);
   series = fmaf(series, s2, 1.f);
   const float inverse = __fdividef(1.f, 1.f + e);
-  return {fmaxf(raw, 0.f) + 2.f * s * series, raw >= 0.f ? inverse : e * inverse};
+  return {fmaf(2.f * s, series, fmaxf(raw, 0.f)), raw >= 0.f ? inverse : e * inverse};
 }
 
 // Zero-order hold: bbar = (e^z - 1) / A with z = step * A, by its Taylor series where the difference would cancel.
@@ -146,268 +141,307 @@ __device__ inline float zoh_weight_slope(float step, float z, float decay, float
   return fabsf(z) < 0.5f ? step * step * p : __fdividef(step * decay - bbar, a);
 }
 
-struct Pixel {
-  int row, column;
-};
-
-// Token q of an axis (0 rows, 1 columns).
-template <typename T>
-__device__ inline Pixel pixel_of(const Params<T>& p, int axis, int q) {
-  const FastDiv& by = axis == 0 ? p.by_width : p.by_height;
-  const int major = static_cast<int>(by.quotient(static_cast<uint32_t>(q)));
-  const int minor = q - major * static_cast<int>(by.divisor);
-  return axis == 0 ? Pixel{major, minor} : Pixel{minor, major};
-}
-__device__ inline int64_t offset_of(const Strides& s, Pixel at) { return at.row * s.row + at.column * s.column; }
-
 // One path of one (modality, batch item) seen by one block of channels.
-template <typename T>
 struct Track {
-  int m, b, k, axis, group;
-  bool reversed;
-  const T* x;      // at pixel (0, 0), first channel of the block
-  const T* low;    // proj row whose first `rank` values are this modality's
-  const T* bc;     // proj row of the source modality
-  const T* delta;  // or null
+  int m, b, k, first_d;
+  bool by_columns, reversed;
+  const char* x;      // at pixel 0, first channel of the block
+  const char* low;    // proj row whose first `rank` values are this modality's
+  const char* bc;     // values of B in the proj row of the source modality
+  const char* delta;  // or null
 
-  __device__ Track(const Params<T>& p, int m, int b, int k, int group)
-      : m(m), b(b), k(k), axis(p.path[k] & 1), group(group), reversed(p.path[k] >= 2) {
-    const int64_t first = int64_t{group} * p.block_channels;
-    x = p.x + m * p.x_strides.modality + b * p.x_strides.batch + k * p.x_strides.path + first;
-    low = p.proj + m * p.proj_strides.modality + b * p.proj_strides.batch + k * p.proj_strides.path;
-    bc = p.proj + p.source(m) * p.proj_strides.modality + b * p.proj_strides.batch + k * p.proj_strides.path;
-    delta = p.delta == nullptr
-                ? nullptr
-                : p.delta + m * p.delta_strides.modality + b * p.delta_strides.batch + k * p.delta_strides.path + first;
+  // `image` counts (modality, batch item).
+  __device__ Track(const Params& p, int64_t image, int k, int group)
+      : m(static_cast<int>(image / p.batch)),
+        b(static_cast<int>(image % p.batch)),
+        k(k),
+        first_d(group * p.block_channels),
+        by_columns(p.path[k] & 1),
+        reversed(p.path[k] >= 2) {
+    const int64_t first = int64_t{first_d} * p.element();
+    x = p.x.data + m * p.x.modality + b * p.x.batch + k * p.x.path + first;
+    const char* proj = p.proj.data + b * p.proj.batch + k * p.proj.path;
+    low = proj + m * p.proj.modality;
+    bc = proj + p.source(m) * p.proj.modality + p.rank * p.element();
+    delta = p.delta.data == nullptr ? nullptr
+                                    : p.delta.data + m * p.delta.modality + b * p.delta.batch + k * p.delta.path + first;
   }
-  __device__ int64_t mk(const Params<T>& p) const { return int64_t{m} * p.paths + k; }
-  __device__ int64_t mbk(const Params<T>& p) const { return (int64_t{m} * p.batch + b) * p.paths + k; }
+  __device__ int64_t mk(const Params& p) const { return int64_t{m} * p.paths + k; }
+  __device__ int64_t mbk(const Params& p) const { return (int64_t{m} * p.batch + b) * p.paths + k; }
+  // Pixel of token q of the axis.
+  __device__ int pixel(const Params& p, int q) const {
+    if (!by_columns) return q;
+    const int column = p.by_height.quotient(q);
+    return (q - column * static_cast<int>(p.by_height.divisor)) * p.width + column;
+  }
 };
 
-// Which of a proj row's values a walk needs: the low-rank part always, then B, C or both.
-struct Columns {
-  int skipped_from, skipped, count;  // `count` values, leaving out [skipped_from, skipped_from + skipped)
-};
-template <typename T>
-__device__ inline Columns columns_bc(const Params<T>& p) {
-  return {0, 0, p.rank + 2 * p.states};
-}
-template <typename T>
-__device__ inline Columns columns_b(const Params<T>& p) {
-  return {0, 0, p.rank + p.states};
-}
-template <typename T>
-__device__ inline Columns columns_c(const Params<T>& p) {
-  return {p.rank, p.states, p.rank + p.states};
-}
-
-// Where a tile's tokens lie: element offsets into one (modality, batch item) of x, proj and y, computed once per tile
-// by kTile threads because every other thread needs them. valid is false past the end of the chunk.
-struct TokenPlace {
-  int64_t x, proj, pixel;
-  bool valid;
-};
-template <typename T>
-__device__ inline void place_tile(const Params<T>& p, const Track<T>& track, int q0, int end, TokenPlace* places) {
-  if (threadIdx.x >= kTile) return;
-  const int q = q0 + static_cast<int>(threadIdx.x);
-  const Pixel at = pixel_of(p, track.axis, q);
-  places[threadIdx.x] = {offset_of(p.x_strides, at), offset_of(p.proj_strides, at),
-                         int64_t{at.row} * p.width + at.column, q < end};
-}
-
-// Keeps the compiler from computing what depends on v once and holding it in registers across a whole loop: the
-// recurrence needs those registers more than it minds a few integer instructions per tile.
-__device__ inline int recomputed(int v) {
+// The same number, opaque to the compiler: addresses made of it are not hoisted out of a loop into registers.
+__device__ inline int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
 
-// Calls f(e, t, j) for the elements first <= e < last of this thread's share of a tile's rows: token t, value j.
-template <typename T, typename F>
-__device__ inline void for_row_share(const Params<T>& p, const Columns& columns, F&& f) {
-  const int thread = recomputed(threadIdx.x);
-  const int lanes = 1 << p.row_shift, stride = blockDim.x >> p.row_shift, lane = thread & (lanes - 1);
-  int t = thread >> p.row_shift, j = lane;
+template <int kBytes>
+__device__ inline void copy_async(uint32_t to, const char* from) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async copies");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Adds to memory without reading it back. Which additions meet is ordered by barriers, so the sum is deterministic.
+template <int CH>
+__device__ inline void add_at(float* to, const float (&v)[CH]) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (CH == 2) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]) : "memory");
+    return;
+  }
+#endif
 #pragma unroll
-  for (int e = 0; e < kRowRegs; ++e) {
-    if (t >= kTile) break;
-    if (j < columns.count) f(e, t, j >= columns.skipped_from ? j + columns.skipped : j);
-    j += lanes;
-    if (j >= columns.count) {
-      j = lane;
-      t += stride;
+  for (int c = 0; c < CH; ++c)
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]) : "memory");
+}
+
+// One of `lanes` threads' share (number `lane`) of copying `bytes` contiguous bytes to shared memory.
+__device__ inline void copy_row(void* to, const char* from, int bytes, int granule, int lane, int lanes) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+#pragma unroll 1
+  for (int i = lane * granule; i < bytes; i += lanes * granule) {
+    if (granule == 16) {
+      copy_async<16>(at + i, from + i);
+    } else if (granule == 8) {
+      copy_async<8>(at + i, from + i);
+    } else if (granule == 4) {
+      copy_async<4>(at + i, from + i);
+    } else {  // 16-bit rows that start on odd elements: cp.async cannot
+      *reinterpret_cast<uint16_t*>(static_cast<char*>(to) + i) = *reinterpret_cast<const uint16_t*>(from + i);
     }
   }
-  // Rows too long for the registers (large N or R): the rest, not prefetched.
-  while (t < kTile) {
-    if (j < columns.count) f(-1, t, j >= columns.skipped_from ? j + columns.skipped : j);
-    j += lanes;
-    if (j >= columns.count) {
-      j = lane;
-      t += stride;
+}
+
+// The proj row of one token into a staged row of the same element type: [B, padded | C, padded | low rank].
+template <bool kB, bool kC>
+__device__ inline void copy_proj(const Params& p, const Track& track, int pixel, char* to, int lane, int lanes) {
+  const int element = p.element(), granule = p.proj.granule, bytes = p.states * element;
+  const char* bc = track.bc + int64_t{pixel} * p.proj.pixel;
+  if constexpr (kB) copy_row(to, bc, bytes, granule, lane, lanes);
+  if constexpr (kC) copy_row(to + p.padded_states * element, bc + bytes, bytes, granule, lane, lanes);
+  if (p.rank > 0)
+    copy_row(to + 2 * p.padded_states * element, track.low + int64_t{pixel} * p.proj.pixel, p.rank * element, granule,
+             lane, lanes);
+}
+
+// Four staged 16-bit values as float.
+__device__ inline float4 decode_quad(const void* from, DType dtype) {
+  const uint2 raw = *static_cast<const uint2*>(from);
+  if (dtype == DType::bf16)
+    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
+                       __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+
+// CH neighbouring values of a staged row of activations, as float. `at` counts elements, a multiple of CH.
+template <int CH>
+__device__ inline void read_activation(const Params& p, const char* row, int at, float (&v)[CH]) {
+  static_assert(CH <= 2, "one load");
+  if (!p.half) {
+    const float* from = reinterpret_cast<const float*>(row) + at;
+    if constexpr (CH == 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(from);
+      v[0] = pair.x;
+      v[1] = pair.y;
+    } else {
+      v[0] = from[0];
+    }
+  } else {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + at;
+    if constexpr (CH == 2) {
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+      v[0] = decode(static_cast<uint16_t>(pair), p.dtype);
+      v[1] = decode(static_cast<uint16_t>(pair >> 16), p.dtype);
+    } else {
+      v[0] = decode(from[0], p.dtype);
     }
   }
 }
 
-// A staged row is [B (padded) | C (padded) | low rank], so that B and C start on 16 bytes.
-template <typename T>
-__device__ inline int staged_index(const Params<T>& p, int j) {
-  if (j < p.rank) return 2 * p.padded_states + j;
-  const int n = j - p.rank;
-  return n < p.states ? n : p.padded_states + n - p.states;
-}
-
-// Registers of the tile that is being fetched while the one before is computed.
-struct RowRegs {
-  float v[kRowRegs];
-};
-
-template <typename T>
-__device__ inline float load_row_value(const Params<T>& p, const Track<T>& track, const TokenPlace& place, int j) {
-  if (!place.valid) return 0.f;
-  return decode((j < p.rank ? track.low : track.bc)[place.proj + j], p.is_bf16);
-}
-template <typename T>
-__device__ inline void fetch_rows(const Params<T>& p, const Track<T>& track, const Columns& columns,
-                                  const TokenPlace* places, RowRegs& regs) {
-  for_row_share(p, columns, [&](int e, int t, int j) {
-    if (e >= 0) regs.v[e] = load_row_value(p, track, places[t], j);
-  });
-}
-template <typename T>
-__device__ inline void store_rows(const Params<T>& p, const Track<T>& track, const Columns& columns,
-                                  const TokenPlace* places, const RowRegs& regs, float* rows) {
-  for_row_share(p, columns, [&](int e, int t, int j) {
-    rows[t * p.pitch + staged_index(p, j)] = e >= 0 ? regs.v[e] : load_row_value(p, track, places[t], j);
-  });
-}
-
-// NS consecutive staged values, 16 bytes at a time where NS allows.
-template <int NS>
-__device__ inline void read_states(const float* from, float (&v)[NS]) {
-  if constexpr (NS % 4 == 0) {
+template <int CH>
+__device__ inline void read_floats(const float* from, float (&v)[CH]) {
+  if constexpr (CH % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < NS; i += 4) {
+    for (int i = 0; i < CH; i += 4) {
       const float4 quad = *reinterpret_cast<const float4*>(from + i);
       v[i] = quad.x;
       v[i + 1] = quad.y;
       v[i + 2] = quad.z;
       v[i + 3] = quad.w;
     }
+  } else if constexpr (CH == 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(from);
+    v[0] = pair.x;
+    v[1] = pair.y;
   } else {
 #pragma unroll
-    for (int i = 0; i < NS; ++i) v[i] = from[i];
+    for (int i = 0; i < CH; ++i) v[i] = from[i];
+  }
+}
+template <int CH>
+__device__ inline void write_floats(float* to, const float (&v)[CH]) {
+  if constexpr (CH == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+  } else if constexpr (CH == 2) {
+    *reinterpret_cast<float2*>(to) = make_float2(v[0], v[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < CH; ++i) to[i] = v[i];
   }
 }
 
-// The A of this thread's states (zero for padding), natural units.
-template <int NS, bool kSharedDecay, typename T>
-__device__ inline void load_decays(const Params<T>& p, const Track<T>& track, int c, int lane,
-                                   float (&a)[kSharedDecay ? 1 : NS]) {
-  const int d = track.group * p.block_channels + c;
-  const int64_t mkd = track.mk(p) * p.channels + d;
-  if constexpr (kSharedDecay) {
-    a[0] = d < p.channels ? p.a[mkd] : 0.f;
-  } else {
+// dt_weight of the block's channels into shared memory, [R, block_channels], with zeros to an even R; one of `threads`
+// threads' share.
+__device__ inline void stage_weight(const Params& p, const Track& track, float* weight, int thread, int threads) {
+  const int rows = p.rank + p.rank % 2;
+  for (int i = thread; i < rows * p.block_channels; i += threads) {
+    const int r = i / p.block_channels, c = i % p.block_channels, d = track.first_d + c;
+    weight[i] =
+        r < p.rank && d < p.channels ? p.dt_weight[(track.mk(p) * p.channels + d) * p.rank + r] : 0.f;
+  }
+}
+
+// dt_bias + low rank * dt_weight of one token, from its staged row (zeros follow the low-rank part) and the staged
+// weight at the thread's first channel.
+template <int CH>
+__device__ inline void token_raw(const Params& p, const float* row, const float* weight, const float (&bias)[CH],
+                                 float (&raw)[CH]) {
 #pragma unroll
-    for (int i = 0; i < NS; ++i) {
-      const int n = lane * NS + i;
-      a[i] = d < p.channels && n < p.states ? p.a[mkd * p.states + n] : 0.f;
+  for (int c = 0; c < CH; ++c) raw[c] = bias[c];
+  const float* low = row + 2 * p.padded_states;
+#pragma unroll 1
+  for (int r = 0; r < p.rank; r += 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(low + r);
+    float w[CH];
+    read_floats<CH>(weight + r * p.block_channels, w);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.x, w[c], raw[c]);
+    read_floats<CH>(weight + (r + 1) * p.block_channels, w);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[c], raw[c]);
+  }
+}
+
+// The A of this thread's states in units of log2(e) (zero for what does not exist): decay = exp2(step * a).
+// `d` is the thread's first channel, `lane` its place among the lanes of the channel.
+template <int NS, int CH, bool kSharedDecay>
+__device__ inline void load_decays(const Params& p, const Track& track, int d, int lane,
+                                   float (&a)[CH][kSharedDecay ? 1 : NS]) {
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    const int64_t mkd = track.mk(p) * p.channels + d + c;
+    if constexpr (kSharedDecay) {
+      a[c][0] = d + c < p.channels ? p.a[mkd] * kLog2e : 0.f;
+    } else {
+#pragma unroll
+      for (int i = 0; i < NS; ++i) {
+        const int n = lane * NS + i;
+        a[c][i] = d + c < p.channels && n < p.states ? p.a[mkd * p.states + n] * kLog2e : 0.f;
+      }
     }
   }
 }
 
-// This thread's states from and to memory laid out [N, D]; `at` is state 0 of the thread's channel.
-template <int NS, typename T>
-__device__ inline void load_state(const Params<T>& p, const float* at, int lane, float (&h)[NS]) {
+// This thread's states from and to memory laid out [N, D].
+template <int NS, int CH>
+__device__ inline void load_state(const Params& p, const float* plane, int d, int lane, float (&h)[CH][NS]) {
 #pragma unroll
   for (int i = 0; i < NS; ++i) {
     const int n = lane * NS + i;
-    if (n < p.states) h[i] = at[int64_t{n} * p.channels];
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+      if (n < p.states && d + c < p.channels) h[c][i] = plane[int64_t{n} * p.channels + d + c];
   }
 }
-template <int NS, typename T>
-__device__ inline void store_state(const Params<T>& p, float* at, int lane, const float (&h)[NS]) {
+template <int NS, int CH>
+__device__ inline void store_state(const Params& p, float* plane, int d, int lane, const float (&h)[CH][NS]) {
 #pragma unroll
   for (int i = 0; i < NS; ++i) {
     const int n = lane * NS + i;
-    if (n < p.states) at[int64_t{n} * p.channels] = h[i];
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+      if (n < p.states && d + c < p.channels) plane[int64_t{n} * p.channels + d + c] = h[c][i];
   }
-}
-
-// Zeros where staged rows are padded: B and C of states that do not exist.
-template <typename T>
-__device__ inline void clear_padding(const Params<T>& p, float* rows, int count) {
-  for (int i = threadIdx.x; i < count * p.pitch; i += blockDim.x) rows[i] = 0.f;
-  __syncthreads();
-}
-
-// The track of path k for task index (modality, batch item, channel block), the last fastest.
-template <typename T>
-__device__ inline Track<T> track_of(const Params<T>& p, int64_t index, int k) {
-  const int group = static_cast<int>(index % p.groups);
-  const int64_t image = index / p.groups;
-  return Track<T>(p, static_cast<int>(image / p.batch), static_cast<int>(image % p.batch), k, group);
-}
-
-// dt_weight of the block's channels into shared memory, [R, block_channels].
-template <typename T>
-__device__ inline void stage_weight(const Params<T>& p, const Track<T>& track, float* weight) {
-  for (int i = threadIdx.x; i < p.rank * p.block_channels; i += blockDim.x) {
-    const int c = i / p.rank, r = i % p.rank, d = track.group * p.block_channels + c;
-    weight[r * p.block_channels + c] = d < p.channels ? p.dt_weight[(track.mk(p) * p.channels + d) * p.rank + r] : 0.f;
-  }
-}
-
-// Step of one token and channel from its staged row, or from `delta` (the value read from memory) when rank is 0.
-template <typename T>
-__device__ inline Step token_step(const Params<T>& p, const float* row, const float* weight, int c, float bias,
-                                  float delta) {
-  float raw = bias + delta;
-  const float* low = row + 2 * p.padded_states;
-  for (int r = 0; r < p.rank; ++r) raw = fmaf(low[r], weight[r * p.block_channels + c], raw);
-  return p.softplus ? softplus_step(raw) : Step{raw, 1.f};
 }
 
 // Turns the summaries of the chunks (end state from a zero start; the decay of a chunk is exp(A * its sum of steps))
-// into the state that enters each chunk, in place. One thread per (modality, batch, path, state, channel), along the
-// scan, or against it for the gradients (`backwards`). Loads are batched: they do not depend on the running state.
-template <typename T>
-__device__ inline void prefix_chunks(const Params<T>& p, bool shared_decay, bool backwards) {
+// into the state that enters each chunk, in place; along the scan, or against it for the gradients (`backwards`).
+// Threads of a block stand for neighbouring channels times `segments` runs of chunks: each folds its run, the block
+// scans the runs, each walks its run again. `scratch` holds 2 floats a thread. Loads are batched: they do not depend
+// on the running state.
+template <bool kSharedDecay>
+__device__ inline void prefix_chunks(const Params& p, bool backwards, float2* scratch) {
   constexpr int kBatch = 8;
   const int64_t plane = int64_t{p.states} * p.channels;
   const int64_t sequences = int64_t{p.modalities} * p.batch * p.paths * plane;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < sequences;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t mbk = i / plane;
-    const int n = static_cast<int>(i % plane / p.channels), d = static_cast<int>(i % p.channels);
+  // As many runs as keep every thread of the grid busy, none shorter than a batch, and four neighbouring sequences a
+  // block at least.
+  int segments = 1;
+  while (segments * 8 <= static_cast<int>(blockDim.x) && segments * kBatch < p.chunks &&
+         sequences * segments < int64_t{gridDim.x} * blockDim.x)
+    segments *= 2;
+  const int across = static_cast<int>(blockDim.x) / segments;
+  const int segment = static_cast<int>(threadIdx.x) / across, place = static_cast<int>(threadIdx.x) % across;
+  const int run = (p.chunks + segments - 1) / segments;
+  const int first = min(segment * run, p.chunks), last = min(first + run, p.chunks);
+  const int64_t rounds = (sequences + across - 1) / across;
+  for (int64_t round = blockIdx.x; round < rounds; round += gridDim.x) {
+    const int64_t i = round * across + place;
+    const bool exists = i < sequences && segment < segments;
+    const int64_t mbk = exists ? i / plane : 0, in_plane = exists ? i % plane : 0;
+    const int n = static_cast<int>(in_plane / p.channels), d = static_cast<int>(in_plane % p.channels);
     const int k = static_cast<int>(mbk % p.paths);
     const int64_t mkd = (mbk / p.paths / p.batch * p.paths + k) * p.channels + d;
-    const float a = (shared_decay ? p.a[mkd] : p.a[mkd * p.states + n]) * kLog2e;
+    const float a = (kSharedDecay ? p.a[mkd] : p.a[mkd * p.states + n]) * kLog2e;
     const bool descending = (p.path[k] >= 2) != backwards;
-    float* state = p.chunk_state + mbk * p.chunks * plane + i % plane;
+    float* state = p.chunk_state + mbk * p.chunks * plane + in_plane;
     const float* steps = p.chunk_steps + mbk * p.chunks * p.channels + d;
-    float running = 0.f;
-    for (int first = 0; first < p.chunks; first += kBatch) {
-      float summary[kBatch], step[kBatch];
+    float running = 0.f, step_sum = 0.f;
+    auto walk = [&](bool write) {
+      for (int at = first; at < last; at += kBatch) {
+        float summary[kBatch], step[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j < p.chunks) {
-          const int64_t at = descending ? p.chunks - 1 - first - j : first + j;
-          summary[j] = state[at * plane];
-          step[j] = steps[at * p.channels];
+        for (int j = 0; j < kBatch; ++j) {
+          if (at + j < last) {
+            const int64_t chunk = descending ? p.chunks - 1 - at - j : at + j;
+            summary[j] = state[chunk * plane];
+            step[j] = steps[chunk * p.channels];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          if (at + j < last) {
+            const int64_t chunk = descending ? p.chunks - 1 - at - j : at + j;
+            if (write) state[chunk * plane] = running;
+            running = fmaf(exp2_fast(a * step[j]), running, summary[j]);
+            step_sum += step[j];
+          }
         }
       }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j < p.chunks) {
-          const int64_t at = descending ? p.chunks - 1 - first - j : first + j;
-          state[at * plane] = running;
-          running = fmaf(exp2_fast(a * step[j]), running, summary[j]);
-        }
+    };
+    if (segments > 1) {
+      if (exists) walk(false);
+      scratch[threadIdx.x] = make_float2(step_sum, running);
+      __syncthreads();
+      running = 0.f;
+      for (int s = 0; s < segment; ++s) {
+        const float2 before = scratch[s * across + place];
+        running = fmaf(exp2_fast(a * before.x), running, before.y);
       }
+      __syncthreads();
     }
+    if (exists) walk(true);
   }
 }
 

@@ -7,11 +7,13 @@
 //   2. a scan over the chunks turns those into the state that enters each chunk (prefix_chunks);
 //   3. every chunk again, from its true start, now writing y.
 //
-// With one chunk, phases 1 and 2 vanish. A task of the grid is a (modality, batch item, channel block, chunk). Merging
-// without atomics: in phase 3 the block that owns a chunk of an axis walks it once for each path of that axis, in
-// order, and adds to what it wrote before; the column paths follow the row paths behind one more barrier. So each
-// element of y is summed in the order rows, columns, whatever the timing, and every run gives the same bits.
+// With one chunk, phases 1 and 2 vanish. A walk along a chunk is the work of one warp alone, with shared memory of its
+// own: no block barriers. A block is two warps. Paths are taken in rounds; where an axis has paths of both senses, a
+// round is such a pair: the warps of a block walk the same chunk from its two ends and change halves in the middle,
+// behind a barrier. The first to visit a token stores its part of y, later ones add theirs with a reduction that returns
+// nothing; barriers order them, so each element of y is summed in the same order on every run.
 #include <algorithm>
+#include <vector>
 
 #include "launch.cuh"
 #include "ss2d_common.cuh"
@@ -20,292 +22,410 @@ namespace diffmf {
 namespace cuda {
 namespace {
 
-constexpr int kMaxThreads = 128;
-constexpr int kMinBlocks = 4;  // a multiprocessor holds: at most 128 registers a thread
+constexpr int kWarps = 2;
+constexpr int kMinBlocks = 8;            // a multiprocessor holds: at most 128 registers a thread
+constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile
 
-template <typename T>
-struct ForwardParams : Params<T> {
-  T* y;                 // [M, B, L, D]
-  float* sum;           // [M, B, L, D], y while paths are still missing; y itself when T is float
+struct Round {
+  int path[kWarps];  // of the two warps; path[1] is -1 when the round has one path, and the warps take two chunks
+};
+
+struct ForwardParams : Params {
+  void* y;              // [M, B, L, D]
+  float* sum;           // [M, B, L, D], y while paths are still missing; y itself when it is float
   float* saved_states;  // [M, B, K, pieces, N, D] or null
   float* last_state;    // [M, B, K, N, D] or null
+  Round round[kMaxPaths];
+  int rounds;
+  // Shared memory of a warp, offsets in bytes. Two tiles of rows and activations are in flight.
+  int rows_at, decoded_rows_at, x_at, delta_at, token_at, skip_at, weight_at, warp_bytes;
 };
 
-// Shared memory of a block, all double-buffered but the weight.
-template <typename T>
-struct ForwardShared {
-  TokenPlace* places;  // [2, kTile]
-  float* rows;         // [2, kTile, pitch]
-  float2* token;       // [2, kTile, block_channels]: step and x
-  float* before;       // [2, kTile, block_channels]: what the paths before this one left in y
-  float* weight;       // [R, block_channels]
-  __device__ ForwardShared(const Params<T>& p, float* base)
-      : places(reinterpret_cast<TokenPlace*>(base)),
-        rows(base + 2 * kTile * sizeof(TokenPlace) / sizeof(float)),
-        token(reinterpret_cast<float2*>(rows + 2 * kTile * p.pitch)),
-        before(rows + 2 * kTile * (p.pitch + 2 * p.block_channels)),
-        weight(rows + 2 * kTile * (p.pitch + 3 * p.block_channels)) {}
+// Where this thread stands.
+struct Seat {
+  int lane, c;             // lane of the channel, first channel within the block of channels
+  int copy_lane, copy_token;  // when copying a tile
+  char* shared;            // of this warp
 };
 
-// A path's place in the sum over paths: the first starts from zero, the last writes y in its own type.
-struct Merge {
-  bool first, last;
-};
-
-// One block walks one chunk along one path. h is this thread's part of the state, in and out. Summaries (!kOutput)
-// also return the sum of the steps of the thread's channel.
-template <typename T, int NS, bool kSharedDecay, bool kZoh, bool kOutput>
-__device__ float walk_chunk(const ForwardParams<T>& p, const ForwardShared<T>& shared, const Track<T>& track, int chunk,
-                            Merge merge, float (&h)[NS]) {
-  const int channels = p.block_channels;
-  const int c = threadIdx.x / p.state_lanes, lane = threadIdx.x % p.state_lanes;
-  const int slot = threadIdx.x / channels, moved_c = threadIdx.x % channels;  // the data-moving role
-  const int first_d = track.group * channels;
-  const bool moves = first_d + moved_c < p.channels, owns = first_d + c < p.channels;
-
-  constexpr int kDecays = kSharedDecay ? 1 : NS, kQuad = NS < 4 ? NS : 4;
-  float a[kDecays], a2[kDecays];
-  load_decays<NS, kSharedDecay>(p, track, c, lane, a);
-#pragma unroll
-  for (int i = 0; i < kDecays; ++i) a2[i] = a[i] * kLog2e;
-  const int64_t mkd = track.mk(p) * p.channels + first_d;
-  const float bias = p.dt_bias != nullptr && moves ? p.dt_bias[mkd + moved_c] : 0.f;
-  const float skip = kOutput && p.d != nullptr && owns ? p.d[mkd + c] : 0.f;
-  __syncthreads();  // the walk before may still read the weight
-  stage_weight(p, track, shared.weight);
-
-  const int64_t image = ((int64_t{track.m} * p.batch + track.b) * p.tokens) * p.channels + first_d;
-  T* out = p.y + image;
-  float* sum = p.sum + image;
-
-  const Columns columns = kOutput ? columns_bc(p) : columns_b(p);
-  const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
-  const int tiles = (end - begin + kTile - 1) / kTile;
-  RowRegs rows;
-  float x[kTile];
-  auto first_token = [&](int tile) { return begin + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
-  auto fetch = [&](int tile) {
-    const TokenPlace* places = shared.places + (tile & 1) * kTile;
-    fetch_rows(p, track, columns, places, rows);
-    const int first_slot = recomputed(slot);
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      const int t = first_slot + i * p.state_lanes;
-      if (t >= kTile) break;
-      x[i] = 0.f;
-      if (moves && places[t].valid) x[i] = decode(track.x[places[t].x + moved_c], p.is_bf16);
+// Adds v, CH neighbouring channels of which `exist` exist, to what is at `to`; or stores it there.
+template <int CH>
+__device__ inline void merge(const ForwardParams& p, float* to, int exist, bool store, const float (&v)[CH]) {
+  if constexpr (CH == 2) {
+    if (p.channels % 2 == 0) {  // aligned, and both exist or none
+      if (exist < 2) return;
+      if (store) {
+        *reinterpret_cast<float2*>(to) = make_float2(v[0], v[1]);
+      } else {
+        add_at<2>(to, v);
+      }
+      return;
     }
+  }
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    if (c >= exist) break;
+    const float one[1] = {v[c]};
+    if (store) {
+      to[c] = one[0];
+    } else {
+      add_at<1>(to + c, one);
+    }
+  }
+}
+
+// Walks tokens [from, to) of the axis along one path. h is the state, in and out. Summaries (!kOutput) also add up the
+// steps of the lane's share of the tokens. `visits_first`: nobody has written y of these tokens yet.
+template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kOutput>
+__device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
+                     float (&h)[CH][NS], float (&step_sum)[CH]) {
+  constexpr int kDecays = kSharedDecay ? 1 : NS, kQuad = NS < 4 ? NS : 4;
+  const int d = track.first_d + seat.c, element = p.element();
+  const int64_t mkd = track.mk(p) * p.channels + d;
+  float a[CH][kDecays], bias[CH], skip[CH];
+  load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    const bool exists = d + c < p.channels;
+    bias[c] = exists && p.dt_bias != nullptr ? p.dt_bias[mkd + c] : 0.f;
+    skip[c] = kOutput && exists && p.d != nullptr ? p.d[mkd + c] : 0.f;
+  }
+  char* const raw_rows = seat.shared + p.rows_at;
+  char* const raw_x = seat.shared + p.x_at;
+  float* const tokens = reinterpret_cast<float*>(seat.shared + p.token_at) + seat.c * 2;
+  float* const skips = reinterpret_cast<float*>(seat.shared + p.skip_at) + seat.c;
+  const float* const weight = reinterpret_cast<const float*>(seat.shared + p.weight_at) + seat.c;
+  const int row_bytes = p.pitch * element, x_bytes = p.block_channels * element;
+  const int real_x_bytes = min(p.block_channels, p.channels - track.first_d) * element;
+
+  float* const sum = p.sum + (int64_t{track.m} * p.batch + track.b) * p.tokens * p.channels + d;
+
+  const int tiles = (to - from + kTile - 1) / kTile;
+  auto first_token = [&](int tile) { return from + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
+  // Starts the copies of a tile; returns the pixel of this lane's token. Past the end: the last token once more.
+  auto issue = [&](int tile) {
+    const int lane = opaque(seat.copy_lane);
+    const int pixel = track.pixel(p, min(first_token(tile) + seat.copy_token, to - 1));
+    const int slot = (tile & 1) * kTile + seat.copy_token;
+    copy_proj<true, kOutput>(p, track, pixel, raw_rows + slot * row_bytes, lane, kTokenLanes);
+    copy_row(raw_x + slot * x_bytes, track.x + int64_t{pixel} * p.x.pixel, real_x_bytes, p.x.granule, lane,
+             kTokenLanes);
+    if (p.rank == 0)
+      copy_row(seat.shared + p.delta_at + slot * x_bytes, track.delta + int64_t{pixel} * p.delta.pixel, real_x_bytes,
+               p.delta.granule, lane, kTokenLanes);
+    copies_commit();
+    return pixel;
   };
 
-  float step_sum = 0.f;
-  place_tile(p, track, first_token(0), end, shared.places);
-  __syncthreads();
-  fetch(0);
+  int next_pixel = issue(0);
   for (int tile = 0; tile < tiles; ++tile) {
-    const int q0 = first_token(tile);
-    const TokenPlace* places = shared.places + (tile & 1) * kTile;
-    float* tile_rows = shared.rows + (tile & 1) * kTile * p.pitch;
-    float2* tile_token = shared.token + (tile & 1) * kTile * channels;
-    float* tile_before = shared.before + (tile & 1) * kTile * channels;
-    store_rows(p, track, columns, places, rows, tile_rows);
-    __syncthreads();
-    const int first_slot = recomputed(slot);
-    float before[kTile];
-    if constexpr (kOutput) {
+    const int q0 = first_token(tile), buffer = (tile & 1) * kTile, pixel = next_pixel;
+    copies_wait();
+    __syncwarp();
+    const float* rows = reinterpret_cast<const float*>(raw_rows + buffer * row_bytes);
+    if (p.half) {
+      float* decoded = reinterpret_cast<float*>(seat.shared + p.decoded_rows_at);
+      for (int i = seat.copy_lane * 4; i < p.pitch; i += kTokenLanes * 4)
+        *reinterpret_cast<float4*>(decoded + seat.copy_token * p.pitch + i) =
+            decode_quad(raw_rows + (buffer + seat.copy_token) * row_bytes + i * 2, p.dtype);
+      rows = decoded;
+      __syncwarp();
+    }
+    if (tile + 1 < tiles) next_pixel = issue(tile + 1);
+
+    // Step and input of the lane's channels at its share of the tokens.
+    const int first = opaque(seat.lane);
+#pragma unroll 2
+    for (int t = first; t < kTile; t += p.state_lanes) {
+      float x[CH], raw[CH], token[2 * CH];
+      read_activation<CH>(p, raw_x + (buffer + t) * x_bytes, seat.c, x);
+      token_raw<CH>(p, rows + t * p.pitch, weight, bias, raw);
+      if (p.rank == 0) {
+        float delta[CH];
+        read_activation<CH>(p, seat.shared + p.delta_at + (buffer + t) * x_bytes, seat.c, delta);
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        const int t = first_slot + i * p.state_lanes;
-        before[i] = 0.f;
-        if (!merge.first && moves && t < kTile && places[t].valid)
-          before[i] = sum[places[t].pixel * p.channels + moved_c];
+        for (int c = 0; c < CH; ++c) raw[c] += delta[c];
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      const int t = first_slot + i * p.state_lanes;
-      if (t >= kTile) break;
-      const bool valid = places[t].valid;
-      float delta = 0.f;
-      if (track.delta != nullptr && moves && valid)
-        delta = decode(track.delta[offset_of(p.delta_strides, pixel_of(p, track.axis, q0 + t)) + moved_c], p.is_bf16);
-      const Step step = token_step(p, tile_rows + t * p.pitch, shared.weight, moved_c, bias, delta);
-      // A token past the end must leave the state alone: step 0 means decay 1 and nothing added.
-      tile_token[t * channels + moved_c] = make_float2(valid ? step.value : 0.f, x[i]);
-      if constexpr (kOutput) tile_before[t * channels + moved_c] = before[i];
+      for (int c = 0; c < CH; ++c) {
+        const float step = p.softplus ? softplus_step(raw[c]).value : raw[c];
+        // A token past the end must leave the state alone: step 0 means decay 1, and nothing is added.
+        const bool valid = q0 + t < to;
+        token[c] = valid ? step : 0.f;
+        token[CH + c] = valid ? (kZoh ? x[c] : step * x[c]) : 0.f;
+        if constexpr (!kOutput) step_sum[c] += token[c];
+        x[c] *= skip[c];
+      }
+      write_floats<2 * CH>(tokens + t * 2 * p.block_channels, token);
+      if constexpr (kOutput) write_floats<CH>(skips + t * p.block_channels, x);
     }
-    // Between the barriers nobody reads the other half of `places`: its tile is computed, the next not yet fetched.
-    if (tile + 1 < tiles) place_tile(p, track, first_token(tile + 1), end, shared.places + (~tile & 1) * kTile);
-    __syncthreads();
-    if (tile + 1 < tiles) fetch(tile + 1);
+    __syncwarp();
 
     if constexpr (kOutput) {
-      const bool enters_piece =
-          tile == 0 || (track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0 : q0 % int{kCheckpoint} == 0);
-      if (p.saved_states != nullptr && enters_piece && owns) {
+      const bool enters_piece = track.reversed
+                                    ? (q0 + kTile) % int{kCheckpoint} == 0 || q0 + kTile >= p.tokens
+                                    : q0 % int{kCheckpoint} == 0;
+      if (p.saved_states != nullptr && enters_piece) {
         const int64_t piece = track.mbk(p) * p.pieces() + q0 / int{kCheckpoint};
-        store_state<NS>(p, p.saved_states + piece * p.states * p.channels + first_d + c, lane, h);
+        store_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, d, seat.lane, h);
       }
     }
 
 #pragma unroll 2
     for (int i = 0; i < kTile; ++i) {
       const int t = track.reversed ? kTile - 1 - i : i;
-      const float2 token = tile_token[t * channels + c];
-      const float* row = tile_rows + t * p.pitch + lane * NS;
-      float shared_decay = 0.f;
-      if constexpr (kSharedDecay) shared_decay = exp2_fast(token.x * a2[0]);
-      if constexpr (!kOutput) step_sum += token.x;
-      float partial[2] = {kOutput && lane == 0 ? skip * token.y : 0.f, 0.f};
-      // In groups of four states: B and C of all of them at once would not fit the registers.
+      float token[2 * CH];
+      read_floats<2 * CH>(tokens + t * 2 * p.block_channels, token);
+      const float* row = rows + t * p.pitch + seat.lane * NS;
+      float shared_decay[CH];
+      if constexpr (kSharedDecay) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c) shared_decay[c] = exp2_fast(token[c] * a[c][0]);
+      }
+      float partial[CH][2] = {};
 #pragma unroll
       for (int first = 0; first < NS; first += kQuad) {
         float b[kQuad], cc[kQuad];
-        read_states<kQuad>(row + first, b);
-        if constexpr (kOutput) read_states<kQuad>(row + p.padded_states + first, cc);
+        read_floats<kQuad>(row + first, b);
+        if constexpr (kOutput) read_floats<kQuad>(row + p.padded_states + first, cc);
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) {
-          const int j = first + i;
-          const float decay = kSharedDecay ? shared_decay : exp2_fast(token.x * a2[kSharedDecay ? 0 : j]);
-          float u;
-          if constexpr (kZoh) {
-            const float a_j = a[kSharedDecay ? 0 : j];
-            u = token.y * zoh_weight(token.x, token.x * a_j, decay, a_j);
-          } else {
-            u = token.x * token.y;
+        for (int c = 0; c < CH; ++c) {
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j) {
+            const float a_j = a[c][kSharedDecay ? 0 : first + j];
+            const float decay = kSharedDecay ? shared_decay[c] : exp2_fast(token[c] * a_j);
+            float u = token[CH + c];
+            if constexpr (kZoh) u *= zoh_weight(token[c], token[c] * (a_j * kLn2), decay, a_j * kLn2);
+            float& state = h[c][first + j];
+            state = fmaf(decay, state, u * b[j]);
+            if constexpr (kOutput) partial[c][j % 2] = fmaf(cc[j], state, partial[c][j % 2]);
           }
-          h[j] = fmaf(decay, h[j], u * b[i]);
-          if constexpr (kOutput) partial[i % 2] = fmaf(cc[i], h[j], partial[i % 2]);
         }
       }
       if constexpr (kOutput) {
-        float y = partial[0] + partial[1];
-        for (int off = 1; off < p.state_lanes; off *= 2) y += __shfl_xor_sync(0xffffffffu, y, off);
-        if (owns && lane == 0 && places[t].valid) {
-          const int64_t to = places[t].pixel * p.channels + c;
-          y += tile_before[t * channels + c];
-          if (merge.last) {
-            encode(y, p.is_bf16, out + to);
-          } else {
-            sum[to] = y;
-          }
+        float y[CH], skipped[CH];
+        read_floats<CH>(skips + t * p.block_channels, skipped);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          y[c] = partial[c][0] + partial[c][1];
+          for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
+          y[c] += skipped[c];
         }
+        const int64_t at = int64_t{__shfl_sync(0xffffffffu, pixel, t * kTokenLanes)} * p.channels;
+        if (seat.lane == 0 && q0 + t < to) merge<CH>(p, sum + at, p.channels - d, visits_first, y);
       }
     }
   }
-  return step_sum;
 }
 
-template <typename T, int NS, bool kSharedDecay, bool kZoh>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    ss2d_forward_kernel(const __grid_constant__ ForwardParams<T> p) {
+template <int NS, int CH, bool kSharedDecay, bool kZoh>
+__global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
+    ss2d_forward_kernel(const __grid_constant__ ForwardParams p) {
   extern __shared__ float4 shared_base[];
-  const ForwardShared<T> shared(p, reinterpret_cast<float*>(shared_base));
   const auto grid = cooperative_groups::this_grid();
-  const int c = threadIdx.x / p.state_lanes, lane = threadIdx.x % p.state_lanes;
+  const int warp = threadIdx.x / 32, in_warp = threadIdx.x % 32;
+  const Seat seat = {in_warp % p.state_lanes, in_warp / p.state_lanes * CH, in_warp % kTokenLanes,
+                     in_warp / kTokenLanes, reinterpret_cast<char*>(shared_base) + warp * p.warp_bytes};
   const int64_t plane = int64_t{p.states} * p.channels;
-
-  clear_padding(p, shared.rows, 2 * kTile);
   const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.chunks;
+
+  // Zeros where staged rows are padded: B and C of states that do not exist.
+  for (int i = in_warp * 4; i < p.warp_bytes; i += 32 * 4) *reinterpret_cast<float*>(seat.shared + i) = 0.f;
+  __syncwarp();
+  // The track of a path for task (modality, batch item, channel block, chunk), the last fastest.
+  auto track_of = [&](int64_t task, int path) {
+    const int64_t sequence = task / p.chunks;
+    const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
+    __syncwarp();  // nobody reads the weight of the walk before
+    float* weight = reinterpret_cast<float*>(seat.shared + p.weight_at);
+    stage_weight(p, track, weight, in_warp, 32);
+    return track;
+  };
+
   if (p.chunks > 1) {
-    for (int64_t task = blockIdx.x; task < tasks * p.paths; task += gridDim.x) {
-      const Track<T> track = track_of(p, task / p.chunks / p.paths, static_cast<int>(task / p.chunks % p.paths));
-      const int64_t chunk = track.mbk(p) * p.chunks + task % p.chunks;
-      float h[NS] = {};
-      const float steps =
-          walk_chunk<T, NS, kSharedDecay, kZoh, false>(p, shared, track, static_cast<int>(task % p.chunks), {}, h);
-      const int d = track.group * p.block_channels + c;
-      if (d < p.channels) {
-        store_state<NS>(p, p.chunk_state + chunk * plane + d, lane, h);
-        if (lane == 0) p.chunk_steps[chunk * p.channels + d] = steps;
+    for (int64_t item = int64_t{blockIdx.x} * kWarps + warp; item < tasks * p.paths;
+         item += int64_t{gridDim.x} * kWarps) {
+      const Track track = track_of(item / p.paths, static_cast<int>(item % p.paths));
+      const int chunk = static_cast<int>(item / p.paths % p.chunks), begin = chunk * p.chunk;
+      float h[CH][NS] = {}, step_sum[CH] = {};
+      walk<NS, CH, kSharedDecay, kZoh, false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false, h, step_sum);
+      const int64_t at = track.mbk(p) * p.chunks + chunk;
+      const int d = track.first_d + seat.c;
+      store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, h);
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        for (int off = 1; off < p.state_lanes; off *= 2) step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], off);
+        if (seat.lane == 0 && d + c < p.channels) p.chunk_steps[at * p.channels + d + c] = step_sum[c];
       }
     }
     grid.sync();
-    prefix_chunks(p, kSharedDecay, false);
+    prefix_chunks<kSharedDecay>(p, false, reinterpret_cast<float2*>(shared_base));
     grid.sync();
   }
-  for (int i = 0; i < p.paths; ++i) {
-    if (i == p.row_paths && i > 0) grid.sync();
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-      const Track<T> track = track_of(p, task / p.chunks, p.order[i]);
+
+#pragma unroll 1
+  for (int r = 0; r < p.rounds; ++r) {
+    if (r > 0) grid.sync();
+    const bool pair = p.round[r].path[1] >= 0;
+    const int path = p.round[r].path[pair ? warp : 0], tasks_per_block = pair ? 1 : kWarps;
+    for (int64_t first = int64_t{blockIdx.x} * tasks_per_block; first < tasks;
+         first += int64_t{gridDim.x} * tasks_per_block) {
+      const int64_t task = first + (pair ? 0 : warp);
+      const bool works = task < tasks;
+      const Track track = track_of(works ? task : 0, path);
       const int chunk = static_cast<int>(task % p.chunks);
-      const int d = track.group * p.block_channels + c;
-      float h[NS] = {};
-      if (p.chunks > 1 && d < p.channels)
-        load_state<NS>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane + d, lane, h);
-      walk_chunk<T, NS, kSharedDecay, kZoh, true>(p, shared, track, chunk, {i == 0, i == p.paths - 1}, h);
+      const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
+      const int middle = min(begin + (end - begin + 2 * kTile - 1) / (2 * kTile) * kTile, end);
+      const int d = track.first_d + seat.c;
+      float h[CH][NS] = {}, unused[CH];
+      if (works && p.chunks > 1)
+        load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, d, seat.lane, h);
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        const bool upper = (part == 1) != track.reversed;
+        const int from = upper ? middle : begin, to = upper ? end : middle;
+        if (works && from < to)
+          walk<NS, CH, kSharedDecay, kZoh, true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair), h, unused);
+        __syncthreads();  // the other warp's half is written
+      }
       const bool final_chunk = chunk == (track.reversed ? 0 : p.chunks - 1);
-      if (p.last_state != nullptr && final_chunk && d < p.channels)
-        store_state<NS>(p, p.last_state + track.mbk(p) * plane + d, lane, h);
+      if (works && p.last_state != nullptr && final_chunk)
+        store_state<NS, CH>(p, p.last_state + track.mbk(p) * plane, d, seat.lane, h);
     }
+  }
+
+  if (p.half) {  // the sum over paths is complete: write it in its own type
+    grid.sync();
+    const int64_t count = int64_t{p.modalities} * p.batch * p.tokens * p.channels;
+    const int64_t stride = int64_t{gridDim.x} * blockDim.x, start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    for (int64_t i = start; i < count / 4; i += stride) {
+      const float4 v = reinterpret_cast<const float4*>(p.sum)[i];
+      const ushort4 bits = {encode(v.x, p.dtype), encode(v.y, p.dtype), encode(v.z, p.dtype), encode(v.w, p.dtype)};
+      static_cast<ushort4*>(p.y)[i] = bits;
+    }
+    for (int64_t i = count / 4 * 4 + start; i < count; i += stride)
+      static_cast<uint16_t*>(p.y)[i] = encode(p.sum[i], p.dtype);
   }
 }
 
-template <typename T>
-using ForwardKernel = void (*)(ForwardParams<T>);
+using ForwardKernel = void (*)(ForwardParams);
 
-// Zero-order hold and shared decays are compiled for fewer widths than the default form.
-template <typename T>
-ForwardKernel<T> kernel_of(const SS2DProblem& problem, int states_per_thread) {
-  const bool zoh = problem.discretization == Discretization::zoh, shared = has_shared_decay(problem);
-  switch (states_per_thread) {
-    case 1:
-      return ss2d_forward_kernel<T, 1, false, false>;
-    case 4:
-      if (zoh) return shared ? ss2d_forward_kernel<T, 4, true, true> : ss2d_forward_kernel<T, 4, false, true>;
-      return shared ? ss2d_forward_kernel<T, 4, true, false> : ss2d_forward_kernel<T, 4, false, false>;
-    case 8:
-      return shared ? ss2d_forward_kernel<T, 8, true, false> : ss2d_forward_kernel<T, 8, false, false>;
-    default:
-      if (zoh) return shared ? ss2d_forward_kernel<T, 16, true, true> : ss2d_forward_kernel<T, 16, false, true>;
-      return shared ? ss2d_forward_kernel<T, 16, true, false> : ss2d_forward_kernel<T, 16, false, false>;
+// A thread's share: NS states of CH channels. Zero-order hold and shared decays are compiled for fewer shares.
+struct Share {
+  int states, channels;
+};
+constexpr Share kShares[] = {{16, 2}, {16, 1}, {8, 2}, {8, 1}, {4, 2}, {1, 2}, {1, 1}};
+
+template <bool kSharedDecay, bool kZoh>
+ForwardKernel kernel_with(const Share& share) {
+  if (share.states == 16 && share.channels == 2) return ss2d_forward_kernel<16, 2, kSharedDecay, kZoh>;
+  if (share.states == 4 && share.channels == 2) return ss2d_forward_kernel<4, 2, kSharedDecay, kZoh>;
+  if constexpr (!kZoh) {
+    if (share.states == 16 && share.channels == 1) return ss2d_forward_kernel<16, 1, kSharedDecay, kZoh>;
+    if (share.states == 8 && share.channels == 2) return ss2d_forward_kernel<8, 2, kSharedDecay, kZoh>;
+    if (share.states == 8 && share.channels == 1) return ss2d_forward_kernel<8, 1, kSharedDecay, kZoh>;
   }
+  if constexpr (!kZoh && !kSharedDecay) {
+    if (share.states == 1 && share.channels == 2) return ss2d_forward_kernel<1, 2, kSharedDecay, kZoh>;
+    if (share.states == 1 && share.channels == 1) return ss2d_forward_kernel<1, 1, kSharedDecay, kZoh>;
+  }
+  return nullptr;
+}
+ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
+  const bool zoh = problem.discretization == Discretization::zoh;
+  if (has_shared_decay(problem)) return zoh ? kernel_with<true, true>(share) : kernel_with<true, false>(share);
+  return zoh ? kernel_with<false, true>(share) : kernel_with<false, false>(share);
 }
 
 Layout layout_of(const SS2DProblem& problem) {
-  const bool zoh = problem.discretization == Discretization::zoh;
-  Layout layout;
-  layout.states_per_thread = problem.states <= 1 && !zoh   ? 1
-                             : problem.states <= 4         ? 4
-                             : problem.states <= 8 && !zoh ? 8
-                                                           : 16;
-  layout.lay_over(problem, kMaxThreads);
-  layout.shared_bytes =
-      2 * kTile * sizeof(TokenPlace) + sizeof(float) * (2 * kTile * (size_t(layout.pitch) + 3 * layout.block_channels) +
-                                                        problem.rank * layout.block_channels);
-  return layout;
+  // The share with the least work for a token: instructions per state, channel and warp, estimated.
+  Layout best;
+  double least = 0;
+  for (const Share& share : kShares) {
+    if (kernel_of(problem, share) == nullptr) continue;
+    int lanes = 1;
+    while (share.states * lanes < problem.states) lanes *= 2;
+    if (lanes > 32) continue;
+    const int block_channels = 32 / lanes * share.channels;
+    const int64_t groups = ceil_div(problem.channels, block_channels);
+    const double work = groups * (5.0 * share.states * share.channels + 20.0 * share.channels / lanes + 30.0);
+    if (least > 0 && work >= least) continue;
+    least = work;
+    best.states_per_thread = share.states;
+    best.channels_per_thread = share.channels;
+    best.state_lanes = lanes;
+    best.block_channels = block_channels;
+    best.groups = static_cast<int>(groups);
+  }
+  best.threads = 32 * kWarps;
+  best.finish(problem);
+  return best;
 }
 
-Plan plan_of(const SS2DProblem& problem) {
-  const Layout layout = layout_of(problem);
-  const int resident = with_element(problem, [&](auto element) {
-    using T = typename decltype(element)::type;
-    return resident_blocks(reinterpret_cast<const void*>(kernel_of<T>(problem, layout.states_per_thread)), layout);
-  });
-  Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups, resident);
-  if (problem.dtype != DType::f32 && problem.paths > 1)
+// Shared memory of a warp.
+void lay_out(const SS2DProblem& problem, const Layout& layout, ForwardParams& params) {
+  const int element = problem.dtype == DType::f32 ? 4 : 2;
+  int bytes = 0;
+  auto reserve = [&](int count) {
+    const int at = bytes;
+    bytes += (count + 15) / 16 * 16;
+    return at;
+  };
+  params.rows_at = reserve(2 * kTile * layout.pitch * element);
+  params.decoded_rows_at = element == 2 ? reserve(kTile * layout.pitch * 4) : 0;
+  params.x_at = reserve(2 * kTile * layout.block_channels * element);
+  params.delta_at = problem.rank == 0 ? reserve(2 * kTile * layout.block_channels * element) : 0;
+  params.token_at = reserve(kTile * layout.block_channels * 8);
+  params.skip_at = reserve(kTile * layout.block_channels * 4);
+  params.weight_at = reserve(static_cast<int>(problem.rank + problem.rank % 2) * layout.block_channels * 4);
+  params.warp_bytes = bytes;
+}
+
+Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
+  Layout layout = layout_of(problem);
+  lay_out(problem, layout, params);
+  layout.shared_bytes = size_t(params.warp_bytes) * kWarps;
+  const Share share = {layout.states_per_thread, layout.channels_per_thread};
+  const int resident = resident_blocks(reinterpret_cast<const void*>(kernel_of(problem, share)), layout);
+  params.rounds = 0;
+  int tasks_per_block = kWarps;
+  for (int axis = 0; axis < 2; ++axis) {
+    std::vector<int> senses[2];
+    for (int k = 0; k < problem.paths; ++k)
+      if ((problem.path[k] & 1) == axis) senses[problem.path[k] >= 2].push_back(k);
+    const size_t pairs = std::min(senses[0].size(), senses[1].size());
+    for (size_t i = 0; i < pairs; ++i) params.round[params.rounds++] = {{senses[0][i], senses[1][i]}};
+    if (pairs > 0) tasks_per_block = 1;
+    for (const auto& paths : senses)
+      for (size_t i = pairs; i < paths.size(); ++i) params.round[params.rounds++] = {{paths[i], -1}};
+  }
+  Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups,
+                         int64_t{resident} * tasks_per_block, 2 * kTile);
+  plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, ceil_div(plan.tasks, tasks_per_block)));
+  if (problem.dtype != DType::f32)
     plan.sum_at = plan.reserve(problem.modalities * problem.batch * problem.tokens() * problem.channels);
   return plan;
 }
 
 }  // namespace
 
-size_t ss2d_forward_workspace(const SS2DProblem& problem) { return plan_of(problem).workspace_floats * sizeof(float); }
+size_t ss2d_forward_workspace(const SS2DProblem& problem) {
+  ForwardParams params{};
+  return plan_of(problem, params).workspace_floats * sizeof(float);
+}
 
 void ss2d_forward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DOutputs& outputs, void* workspace,
                   void* stream) {
-  const Plan plan = plan_of(problem);
-  with_element(problem, [&](auto element) {
-    using T = typename decltype(element)::type;
-    ForwardParams<T> params{};
-    fill_params<T>(params, problem, inputs, plan, static_cast<float*>(workspace));
-    params.y = static_cast<T*>(outputs.y);
-    params.sum =
-        problem.dtype == DType::f32 ? static_cast<float*>(outputs.y) : static_cast<float*>(workspace) + plan.sum_at;
-    params.saved_states = static_cast<float*>(outputs.states);
-    params.last_state = static_cast<float*>(outputs.last_state);
-    launch_cooperative(kernel_of<T>(problem, plan.layout.states_per_thread), plan, params, stream);
-    return 0;
-  });
+  ForwardParams params{};
+  const Plan plan = plan_of(problem, params);
+  float* floats = static_cast<float*>(workspace);
+  fill_params(params, problem, inputs, plan, floats);
+  params.y = outputs.y;
+  params.sum = problem.dtype == DType::f32 ? static_cast<float*>(outputs.y) : floats + plan.sum_at;
+  params.saved_states = static_cast<float*>(outputs.states);
+  params.last_state = static_cast<float*>(outputs.last_state);
+  launch_cooperative(kernel_of(problem, {plan.layout.states_per_thread, plan.layout.channels_per_thread}), plan, params,
+                     stream);
 }
 
 }  // namespace cuda

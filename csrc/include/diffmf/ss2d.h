@@ -32,6 +32,20 @@ enum class DType : int { f32, bf16, f16, f64 };                           // of 
 enum class Exchange : int { none, mutual, from_visible, from_infrared };  // modality 0 infrared, 1 visible
 enum class Discretization : int { euler, zoh };
 
+// s(m): the modality whose B and C modality m reads.
+constexpr int source_of(Exchange exchange, int m) {
+  switch (exchange) {
+    case Exchange::mutual:
+      return 1 - m;
+    case Exchange::from_visible:
+      return 1;
+    case Exchange::from_infrared:
+      return 0;
+    default:
+      return m;
+  }
+}
+
 struct SS2DProblem {
   DType dtype;
   int64_t modalities, batch, height, width, channels, states, rank;
@@ -45,19 +59,7 @@ struct SS2DProblem {
   int64_t tokens() const { return height * width; }
   int64_t pieces() const { return (tokens() + kCheckpoint - 1) / kCheckpoint; }
   int64_t decays() const { return shared_decay ? 1 : states; }
-  // s(m): whose B and C modality m reads.
-  int64_t source(int64_t m) const {
-    switch (exchange) {
-      case Exchange::mutual:
-        return 1 - m;
-      case Exchange::from_visible:
-        return 1;
-      case Exchange::from_infrared:
-        return 0;
-      default:
-        return m;
-    }
-  }
+  int64_t source(int64_t m) const { return source_of(exchange, static_cast<int>(m)); }
 };
 
 // Strides in elements; the innermost (channel) stride is 1. `path` is 0 where all paths share the same tokens.
