@@ -1,226 +1,185 @@
-"""Renders the bundled sample pair: a street at dusk, seen by a colour camera and by a thermal one of the same view.
+"""Renders scenes as a colour camera and a thermal one of the same view see them; one of them is the bundled pair.
 
-`python -m diffmf_model.sample DIR` writes sample_ir.png and sample_vi.png. A scene is a function that paints a Canvas;
-SCENES lists them. Sizes are in metres, temperatures run from 0, cold sky, to 1, the hottest engine.
+`python -m diffmf_model.sample DIR` writes the bundled pair, sample_ir.png and sample_vi.png; docs/gallery.py writes the
+others. A scene is a function that paints a canvas; SCENES lists them.
 """
 
 import sys
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from .canvas import Canvas, rgb, smooth
+from . import aerial, props
+from .canvas import AerialCanvas, Canvas, rgb, smooth
 
 
 def render(scene: str = "street", seed: int = 7, size: tuple[int, int] = (480, 360)) -> tuple[np.ndarray, np.ndarray]:
     """The infrared (H, W) and the visible (H, W, 3) picture of a scene, uint8. size: width, height in pixels."""
-    canvas = Canvas(size, np.random.default_rng(seed))
-    SCENES[scene](canvas)
+    camera, paint = SCENES[scene]
+    canvas = camera(size, np.random.default_rng(seed))
+    paint(canvas)
     return canvas.develop()
-
-
-LAMP = (-2.9, 4.6, 13.0)  # the street lamp's head
 
 
 def street(c: Canvas) -> None:
     """Dusk: a lit road and trees on the left; on the right, in the dark of a house, a parked car and a person."""
-    _sky(c)
-    _ground(c)
-    _wall(c, x=4.6, near=6.5, far=24.0, height=7.2)
-    for x, z, size in ((-7.6, 30, 5.2), (-6.4, 21, 4.4), (-5.9, 12.5, 3.8)):
-        _tree(c, x, z, size)
-    _lamp(c)
-    _person(c, -1.35, 17.0, 1.72, light=rgb(0.95, 0.8, 0.55), coat=rgb(0.35, 0.33, 0.42), stride=0.7)
-    _car(c, 2.75, 12.0)
-    _person(c, 3.35, 7.6, 1.78, light=rgb(0.11, 0.115, 0.15), coat=rgb(0.30, 0.27, 0.25), stride=-0.9)
-
-
-def _sky(c: Canvas) -> None:
-    height = np.clip((c.cy - c.y) / c.cy, 0, 1)
-    glow = np.exp(-4.5 * height)[..., None]
-    clouds = smooth(c.noise(c.x / c.cx * 2.2, (1.15 - height) ** 2 * 9, 6), -0.05, 0.45) * (0.3 + 0.7 * height)
-    colour = rgb(0.20, 0.28, 0.45) * (1 - glow) + rgb(0.93, 0.63, 0.42) * glow
-    colour = colour + clouds[..., None] * (rgb(0.30, 0.20, 0.20) + 0.25 * glow)
-    everywhere = np.ones_like(c.y)
-    c.paint(everywhere, colour, 0.06 + 0.10 * glow[..., 0] + 0.05 * clouds)
-    skyline = c.cy - c.focal * (0.020 + 0.030 * (c.noise(c.x / c.cx * 6, 3.0, 6) + 0.5))
-    leaves = c.noise(c.x / c.cx * 60, c.y / c.cx * 60, 3)
-    c.paint(smooth(c.y - skyline, 0, 3), rgb(0.13, 0.15, 0.16) * (1 + 0.4 * leaves[..., None]), 0.24 + 0.02 * leaves)
-
-
-def _ground(c: Canvas) -> None:
+    lamp = (-2.9, 4.6, 13.0)
+    dusk, shade = rgb(0.62, 0.55, 0.50), rgb(0.85, 0.9, 1.1)
+    props.sky(c, rgb(0.20, 0.28, 0.45), rgb(0.93, 0.63, 0.42), rgb(0.30, 0.20, 0.20), rgb(0.13, 0.15, 0.16))
+    props.ground(c, rgb(0.27, 0.33, 0.17), rgb(0.40, 0.40, 0.42), rgb(0.52, 0.50, 0.47))
     x, z = c.ground()
-    below = (c.y > c.cy).astype(np.float32)
-    footprint = z * z / (c.focal * c.eye) * 0.5 + z / c.focal
-    coarse, fine = c.noise(x * 0.6, z * 0.6, 5, footprint * 0.6), c.noise(x * 14, z * 14, 4, footprint * 14)
-    blades = c.noise(x * 30, z * 9, 4, footprint * 20)
-    grass = rgb(0.27, 0.33, 0.17) * (1 + 0.6 * coarse + 1.1 * blades)[..., None]
-    c.paint(below, grass, 0.27 + 0.05 * coarse + 0.02 * blades)
-    road = smooth(x, -3.05, -2.95) * below
-    tracks = np.exp(-(((np.abs(x + 0.3) - 0.8) / 0.3) ** 2))
-    asphalt = rgb(0.40, 0.40, 0.42) * (1 + 0.25 * coarse + 0.34 * fine - 0.12 * tracks)[..., None]
-    c.paint(road, asphalt, 0.42 + 0.05 * coarse + 0.015 * fine + 0.03 * tracks)
-    dashes = road * smooth(0.07 - np.abs(x + 0.3), 0, 0.02) * ((z % 4.5) < 2.4) * (0.8 + 0.3 * fine)
-    c.paint(np.clip(dashes, 0, 1), rgb(0.88, 0.86, 0.78), 0.40)
-    pavement = smooth(x, 3.02, 3.06) * below
-    joints = np.maximum(smooth(np.abs(x % 0.8 - 0.4), 0.375, 0.4), smooth(np.abs(z % 0.8 - 0.4), 0.37, 0.4))
-    slabs = rgb(0.52, 0.50, 0.47) * (1 + 0.25 * coarse + 0.3 * fine - 0.45 * joints)[..., None]
-    c.paint(pavement, slabs, 0.38 + 0.03 * coarse - 0.02 * joints)
-    for kerb in (-3.0, 3.0):
-        c.paint(below * smooth(0.09 - np.abs(x - kerb), 0, 0.02), rgb(0.62, 0.61, 0.58), 0.36)
-    shadow = smooth(x, 0.4, 3.2) * smooth(z, 38, 22)
-    dusk = rgb(0.60, 0.61, 0.72) * (1 - 0.82 * shadow)[..., None]
-    distance = ((x - LAMP[0]) ** 2 + (z - LAMP[2]) ** 2) / LAMP[1] ** 2
-    c.paint(below, light=dusk + rgb(1.25, 0.95, 0.55) / (1 + distance[..., None]) ** 2 * 1.1)
+    house = smooth(x, 0.4, 3.2) * smooth(z, 38, 22)
+    daylight = rgb(0.60, 0.61, 0.72) * (1 - 0.82 * house)[..., None]
+    c.paint(props.below_horizon(c), light=daylight + props.lamplight(x, z, lamp))
+    props.wall(
+        c, 4.6, near=6.5, far=24.0, height=7.2, brick=rgb(0.52, 0.29, 0.22), lit={(1, 1), (0, 3), (1, 4)},
+        light=lambda y, z: (0.22 + 0.30 * smooth(y, 1.0, 7.2))[..., None] * shade,
+    )  # fmt: skip
+    for x, z, size in ((-7.6, 30, 5.2), (-6.4, 21, 4.4), (-5.9, 12.5, 3.8)):
+        props.tree(c, x, z, size, dusk, [lamp])
+    props.street_lamp(c, lamp, rgb(0.8, 0.75, 0.7))
+    props.person(c, -1.35, 17.0, 1.72, light=rgb(0.95, 0.8, 0.55), coat=rgb(0.35, 0.33, 0.42), stride=0.7)
+    props.car(c, 2.75, 12.0, light=rgb(0.16, 0.165, 0.21), paint=rgb(0.42, 0.10, 0.10))
+    props.person(c, 3.35, 7.6, 1.78, light=rgb(0.11, 0.115, 0.15), coat=rgb(0.30, 0.27, 0.25), stride=-0.9)
 
 
-def _wall(c: Canvas, x: float, near: float, far: float, height: float) -> None:
-    y, z = c.side_plane(x)
-    wall = ((z > near) & (z < far) & (y > 0) & (y < height)).astype(np.float32)
-    row = np.floor(y / 0.16)
-    along = z / 0.42 + 0.5 * (row % 2)
-    footprint = z * z / (c.focal * x)
-    joint = np.maximum(smooth(np.abs(y / 0.16 % 1 - 0.5), 0.40, 0.48), smooth(np.abs(along % 1 - 0.5), 0.44, 0.49))
-    joint = joint * np.clip(1.6 - footprint * 8, 0.15, 1)
-    brick = c.noise(np.floor(along) * 7.3, row * 5.1, 1) * np.clip(1.5 - footprint * 5, 0.1, 1)
-    stain = c.noise(z * 0.5, y * 0.5, 5, footprint * 0.5)
-    colour = rgb(0.52, 0.29, 0.22) * (1 + 0.45 * brick + 0.4 * stain)[..., None]
-    colour = colour + joint[..., None] * (rgb(0.55, 0.52, 0.48) - colour)
-    shade = (0.22 + 0.30 * smooth(y, 1.0, height))[..., None] * rgb(0.85, 0.9, 1.1)
-    c.paint(wall, colour, 0.34 + 0.04 * stain + 0.05 * smooth(y, height, 0) - 0.015 * joint, shade)
-    c.paint(wall * (y > height - 0.35), rgb(0.50, 0.48, 0.46), 0.30)
-    for floor, sill in enumerate((1.1, 4.3)):
-        for index, start in enumerate(np.arange(near + 0.9, far - 1.8, 3.1)):
-            lit = (floor, index) in ((1, 1), (0, 3), (1, 4))
-            s, t = (z - start) / 1.5, (y - sill) / 1.7
-            frame = wall * (s > -0.08) * (s < 1.08) * (t > -0.07) * (t < 1.06)
-            c.paint(frame, rgb(0.72, 0.70, 0.66), 0.36)
-            pane = wall * (s > 0) * (s < 1) * (t > 0) * (t < 1) * (np.abs(s - 0.5) > 0.03) * (np.abs(t - 0.62) > 0.025)
-            if lit:
-                curtain = 0.8 + 0.2 * np.sin(s * 40) * (np.abs(s - 0.5) > 0.28)
-                c.paint(pane, rgb(1.0, 0.78, 0.42) * (curtain - 0.25 * t)[..., None], 0.50, rgb(1, 1, 1) * 1.05)
-            else:
-                c.paint(pane, rgb(0.20, 0.24, 0.32) * (0.7 + 0.7 * t)[..., None], 0.17 + 0.04 * t)
+def night(c: Canvas) -> None:
+    """Rain has stopped: an oncoming car's headlights blind the colour camera to who crosses the road beside it."""
+    lamps = [(-2.6, 5.2, 11.0), (-2.6, 5.2, 27.0)]
+    dark = rgb(0.10, 0.11, 0.16)
+    props.sky(
+        c, rgb(0.018, 0.024, 0.050), rgb(0.15, 0.11, 0.10), rgb(0.035, 0.030, 0.034), rgb(0.020, 0.022, 0.028),
+        lining=0.10, warmth=0.04,
+    )  # fmt: skip
+    props.ground(c, rgb(0.20, 0.26, 0.14), rgb(0.26, 0.26, 0.28), rgb(0.42, 0.40, 0.38))
+    x, z = c.ground()
+    below = props.below_horizon(c)
+    c.paint(below, light=dark + sum(0.75 * props.lamplight(x, z, lamp) for lamp in lamps))
+    props.beams(c, 1.1, 15.0)
+    for x, y, z in lamps:
+        props.reflection(c, x, y, z, 0.16 * props.SODIUM)
 
+    def house_light(x: float):
+        return lambda y, z: (
+            dark + sum(props.lamplight(x, z, lamp) * np.exp(-(((y - 2.5) / 4.0) ** 2))[..., None] for lamp in lamps)
+        )
 
-def _tree(c: Canvas, x: float, z: float, size: float) -> None:
-    px, foot = c.project(x, 0, z)
-    scale = c.focal / z
-    u, v = (c.x - px) / scale, (foot - c.y) / scale
-    lean = 0.12 * np.sin(v * 1.3 + x)
-    trunk = smooth(0.16 + 0.05 * np.exp(-v * 3) - np.abs(u - lean), 0, 0.03) * (v > 0) * (v < size)
-    bark = c.noise(u * 18, v * 4, 4)
-    dark = rgb(0.62, 0.55, 0.50)
-    c.paint(trunk, rgb(0.28, 0.21, 0.16) * (1 + 0.8 * bark)[..., None], 0.33 + 0.02 * bark, dark)
-    r = np.hypot(u / (0.50 * size), (v - 0.95 * size) / (0.48 * size))
-    clumps, leaves = c.noise(u * 1.3 + x, v * 1.3, 3), c.noise(u * 7 + x, v * 7, 5)
-    crown = smooth(1.0 - r + 0.55 * clumps + 0.50 * leaves, 0.05, 0.22)
-    lamp_side = np.exp(-((x + u - LAMP[0]) ** 2 + (v - LAMP[1]) ** 2) / 7) * np.exp(-((z - LAMP[2]) ** 2) / 60)
-    colour = rgb(0.25, 0.30, 0.16) * (1 + 0.9 * clumps + 1.3 * leaves)[..., None]
-    light = (0.50 + 0.35 * smooth(v, 0.5 * size, 1.5 * size))[..., None] * dark * 1.3
-    c.paint(crown, colour, 0.30 + 0.03 * clumps + 0.03 * leaves, light + lamp_side[..., None] * rgb(1.05, 0.80, 0.46))
-
-
-def _lamp(c: Canvas) -> None:
-    x, y, z = LAMP
-    (px, foot), (_, top), (arm, _) = c.project(x - 0.5, 0, z), c.project(x, y, z), c.project(x, y, z)
-    width = int(0.11 * c.focal / z)
-    post = c.draw(lambda d: d.line([(px, foot), (px, top), (arm, top)], fill=255, width=width, joint="curve"))
-    c.paint(post, rgb(0.16, 0.17, 0.19), 0.33, rgb(0.8, 0.75, 0.7))
-    r = np.hypot(c.x - arm, c.y - top - width) * z / c.focal
-    c.visible += np.exp(-r / 0.45)[..., None] * rgb(0.75, 0.55, 0.28) + np.exp(-((r / 0.16) ** 2))[..., None] * 1.5
-    c.light += (np.exp(-r / 0.5)[..., None] * 0.6).astype(np.float32)
-    c.paint(np.exp(-((r / 0.17) ** 2)), heat=0.72)
-
-
-def _car(c: Canvas, x: float, z: float) -> None:
-    """Seen from the front, its engine still hot."""
-
-    def shape(points: list[tuple[float, float]], mirrored: bool = True) -> np.ndarray:
-        outline = points + [(-u, v) for u, v in reversed(points)] if mirrored else points
-        return c.draw(lambda d: d.polygon([c.project(x + u, v, z) for u, v in outline], fill=255))
-
-    def disc(u: float, v: float, a: float, b: float) -> np.ndarray:
-        (left, low), (right, high) = c.project(x + u - a, v - b, z), c.project(x + u + a, v + b, z)
-        return c.draw(lambda d: d.ellipse((left, high, right, low), fill=255))
-
-    light = rgb(0.16, 0.165, 0.21)
-    gx, gz = c.ground()
-    under = np.exp(-(((gx - x) / 0.95) ** 6) - ((gz - z - 0.6) / 1.0) ** 4) * (c.y > c.cy)
-    c.light *= 1 - 0.85 * under[..., None]
-    c.paint(0.5 * under, heat=0.62)
+    props.wall(
+        c, -7.2, near=8.0, far=33.0, height=10.4, brick=rgb(0.50, 0.42, 0.34), light=house_light(-7.2),
+        lit={(0, 2), (0, 3), (1, 0), (1, 4), (2, 2), (2, 6)}, sills=(1.1, 4.3, 7.5),
+    )  # fmt: skip
+    props.wall(
+        c, 5.6, near=7.5, far=30.0, height=7.2, brick=rgb(0.52, 0.29, 0.22), light=house_light(5.6),
+        lit={(1, 2), (0, 5)},
+    )  # fmt: skip
+    for lamp in lamps[::-1]:
+        props.street_lamp(c, lamp, dark * 2)
+    props.person(c, -3.9, 22.0, 1.70, light=rgb(0.75, 0.60, 0.40), coat=rgb(0.30, 0.22, 0.20), stride=0.6)
+    props.car(c, 3.1, 19.0, light=dark, paint=rgb(0.30, 0.34, 0.40), warmth=0.0)
+    props.person(c, 0.02, 14.6, 1.76, light=rgb(0.20, 0.20, 0.22), coat=rgb(0.20, 0.22, 0.28), stride=0.9)
+    props.car(c, 1.1, 15.0, light=dark, paint=rgb(0.20, 0.22, 0.26))
+    props.person(c, -1.75, 8.2, 1.80, light=rgb(0.16, 0.14, 0.12), coat=rgb(0.16, 0.16, 0.18), stride=-0.8)
     for side in (-0.68, 0.68):
-        tyre = [(side - 0.14, 0), (side + 0.14, 0), (side + 0.14, 0.45), (side - 0.14, 0.45)]
-        c.paint(shape(tyre, mirrored=False), rgb(0.12, 0.12, 0.12), 0.60, light)
-    body = [
-        (0.0, 0.22),
-        (0.86, 0.22),
-        (0.92, 0.40),
-        (0.91, 0.72),
-        (0.84, 0.92),
-        (0.66, 1.46),
-        (0.52, 1.53),
-        (0.0, 1.55),
+        props.glare(c, 1.1 + side, 0.66, 15.0)
+
+
+def burning(c: Canvas) -> None:
+    """Day: smoke of a burning car hides two people, a second car and trees from the colour camera only."""
+    day, shade = rgb(0.96, 0.97, 1.0), rgb(0.60, 0.63, 0.70)
+    props.sky(
+        c, rgb(0.38, 0.54, 0.78), rgb(0.80, 0.84, 0.88), rgb(0.30, 0.24, 0.16), rgb(0.24, 0.30, 0.27),
+        cover=(-0.25, 0.45), lining=0.0, warmth=0.08,
+    )  # fmt: skip
+    props.ground(c, rgb(0.30, 0.40, 0.17), rgb(0.42, 0.42, 0.43), rgb(0.56, 0.54, 0.51))
+    x, z = c.ground()
+    below = props.below_horizon(c)
+    shadow = smooth(x, 2.4, 3.8) * smooth(z, 38, 22)
+    fire = np.exp(-((x - 1.6) ** 2 + (z - 15.0) ** 2) / 3.5)
+    c.paint(below, light=day * (1 - 0.35 * shadow)[..., None] + fire[..., None] * rgb(0.9, 0.42, 0.12))
+    c.paint(below * fire, heat=0.78)
+    props.wall(
+        c, 5.2, near=6.5, far=26.0, height=7.2, brick=rgb(0.56, 0.33, 0.25), lit=(),
+        light=lambda y, z: (0.80 + 0.20 * smooth(y, 1.0, 7.2))[..., None] * shade,
+    )  # fmt: skip
+    for x, z, size in ((-8.5, 32, 5.4), (-7.6, 24, 4.8), (-6.6, 16, 4.2)):
+        props.tree(c, x, z, size, day * 0.95)
+    props.smoke(c, [(1.6, 2.0, 0.9), (-0.5, 3.4, 2.0), (-5.0, 5.2, 3.2), (-13, 8.0, 4.4)], 26.0, 5.0, 3.1, bright=1.0)
+    props.car(c, -1.7, 22.0, light=day * 0.85, paint=rgb(0.62, 0.64, 0.66))
+    props.person(c, -3.9, 19.0, 1.72, light=day * 0.9, coat=rgb(0.55, 0.22, 0.18), stride=0.8)
+    props.person(c, -0.75, 17.0, 1.80, light=day * 0.9, coat=rgb(0.24, 0.30, 0.45), stride=-0.7)
+    props.car(c, 1.6, 15.0, light=rgb(0.42, 0.36, 0.34), paint=rgb(0.30, 0.27, 0.25))
+    props.flames(c, 1.6, 14.9, width=2.0, height=1.9, base=0.75)
+    props.smoke(
+        c, [(1.7, 2.7, 0.6), (1.2, 3.6, 1.1), (-0.6, 4.4, 1.7), (-4.0, 5.4, 2.6), (-9, 6.5, 3.4)], 14.8, 7.0, 8.7,
+        fire=(1.6, 2.0, 1.2), bright=0.9,
+    )  # fmt: skip
+    props.smoke(c, [(0.5, 0.7, 0.6), (-1.6, 1.4, 1.5), (-6.0, 1.6, 1.9), (-11, 2.2, 2.3)], 13.0, 6.0, 5.3)
+    props.person(
+        c, -3.1, 9.0, 1.80, light=day, coat=rgb(0.32, 0.27, 0.16), stride=0.8,
+        trousers=rgb(0.30, 0.26, 0.16), helmet=rgb(0.86, 0.74, 0.20),
+    )  # fmt: skip
+
+
+def junction(c: AerialCanvas) -> None:
+    """A late afternoon from above: driven and parked cars, the cold places that cars have left, people in the shade."""
+    aerial.lawn(c)
+    for road in (((-60, -6), (60, -6), 8.0), ((12, -2), (12, 60), 6.4)):
+        aerial.pavement(c, *road)
+    for road in (((-60, -6), (60, -6), 8.0), ((12, -2), (12, 60), 6.4)):
+        aerial.road(c, *road)
+    aerial.path(c, [(-34, -19), (-20, -16), (-6, -18.5), (8, -15.5), (14, -10.5)], 1.7)
+    aerial.car_park(c, (17.0, 1.2), (33.0, 14.8), bays=range(5))
+    aerial.patio(c, (-11.6, 3.2), (-4.2, 9.4))
+    aerial.pool(c, (-10.4, 4.2), (-6.6, 8.2))
+    aerial.zebra(c, (4.6, -6), 8.0)
+    houses = [
+        aerial.House((-29, 5), (-14.5, 14), 5.2, ridge=2.6, tiles=rgb(0.56, 0.27, 0.19)),
+        aerial.House((-4.5, 10.5), (6.6, 21), 7.5, ridge=0.0, tiles=rgb(0.50, 0.50, 0.49)),
+        aerial.House((19, 18.5), (36, 27), 5.0, ridge=2.2, tiles=rgb(0.36, 0.37, 0.40)),
+        aerial.House((16.5, -27), (31, -15.0), 5.5, ridge=0.0, tiles=rgb(0.60, 0.64, 0.66), metal=True),
     ]
-    height = (c.cy + c.focal * c.eye / z - c.y) * z / c.focal
-    across = np.abs((c.x - c.cx) * z / c.focal - x)
-    engine = np.exp(-(((height - 0.66) / 0.26) ** 2) - (across / 0.72) ** 4)
-    gloss = (0.75 + 0.5 * smooth(height, 0.3, 1.0) - 0.25 * smooth(height, 0.95, 1.0))[..., None]
-    c.paint(shape(body), rgb(0.42, 0.10, 0.10) * gloss, 0.40 + 0.42 * engine, light)
-    glass = [(0.0, 0.98), (0.72, 0.96), (0.57, 1.42), (0.0, 1.45)]
-    c.paint(
-        shape(glass), rgb(0.16, 0.19, 0.24) * (0.6 + height[..., None]), 0.20 + 0.06 * smooth(height, 1.4, 1.0), light
-    )
-    grille = [(0.0, 0.44), (0.44, 0.44), (0.48, 0.66), (0.0, 0.68)]
-    slats = 0.5 + 0.5 * np.sin(height * 130)
-    c.paint(shape(grille), rgb(0.20, 0.20, 0.21) * (0.4 + slats[..., None]), 0.92 - 0.08 * slats, light)
-    for side in (-1, 1):
-        c.paint(disc(side * 0.68, 0.66, 0.16, 0.10), rgb(0.85, 0.86, 0.88), 0.55, light * 1.3)
-        c.paint(disc(side * 0.98, 1.02, 0.10, 0.07), rgb(0.30, 0.08, 0.08), 0.34, light)
-    plate = [(0.0, 0.29), (0.26, 0.29), (0.26, 0.40), (0.0, 0.40)]
-    c.paint(shape(plate), rgb(0.85, 0.85, 0.78), 0.50, light)
+    trees = [
+        (-24, -14.5, 6.2), (-15.5, -20.5, 7.0), (-9.5, -14.2, 5.0), (-1.5, -21.5, 6.6), (4.5, -13.6, 4.6),
+        (-31, -21, 7.5), (11, -20.5, 5.6), (-31.5, 1.5, 4.4), (-12.8, 12.5, 4.8), (-11, 17.5, 6.0),
+        (-17, 19.5, 6.4), (-26, 18.5, 6.8), (-1.8, 5.2, 3.4), (17, 16.8, 4.0), (30.5, 15.8, 4.2), (33, -12.5, 4.6),
+    ]  # fmt: skip
+    for house in houses:
+        aerial.house_shadow(c, house)
+    for x, z, size in trees:
+        aerial.tree_shadow(c, x, z, size)
+    for x, z, heading in ((21.45, 4.3, np.pi / 2), (-12.5, -9.0, 0.0)):
+        aerial.thermal_ghost(c, x, z, heading)
+    red, blue, white = rgb(0.62, 0.10, 0.09), rgb(0.12, 0.22, 0.48), rgb(0.88, 0.88, 0.86)
+    grey, black, silver = rgb(0.40, 0.42, 0.44), rgb(0.07, 0.07, 0.08), rgb(0.68, 0.70, 0.72)
+    aerial.car(c, -19.5, -7.9, 0.0, white, engine=1.0)
+    aerial.car(c, -3.0, -4.0, np.pi, red, engine=1.0)
+    aerial.car(c, 23.0, -4.0, np.pi, black, engine=1.0)
+    aerial.car(c, 13.6, 8.0, np.pi / 2, blue, engine=1.0)
+    aerial.van(c, 10.8, -8.0, 0.0, rgb(0.86, 0.87, 0.86))
+    for x, paint, engine in ((18.6, silver, 0.0), (24.3, grey, 0.7), (27.15, white, 0.0)):
+        aerial.car(c, x, 4.3, np.pi / 2, paint, engine)
+    for x, paint, engine in ((18.6, blue, 0.0), (21.45, red, 0.0), (27.15, black, 0.35), (30.0, silver, 0.0)):
+        aerial.car(c, x, 11.9, -np.pi / 2, paint, engine)
+    for x, z, heading, shirt in (
+        (4.3, -4.6, 1.5, red), (5.1, -8.3, -1.6, white), (8.0, 8.0, 0.4, grey), (7.9, 14.5, 1.2, black),
+        (-13.0, -17.2, 0.3, blue), (-12.2, -17.8, 0.3, red), (1.5, -16.9, 3.0, black), (20.2, 8.3, 0.2, white),
+        (-6.0, 8.9, 2.0, rgb(0.8, 0.55, 0.4)), (-18.5, -1.2, 0.1, silver),
+    ):  # fmt: skip
+        aerial.person(c, x, z, heading, shirt)
+    for house in houses:
+        aerial.house(c, house)
+    for x, z, size in trees:
+        aerial.tree(c, x, z, size)
 
 
-def _person(c: Canvas, x: float, z: float, height: float, light: np.ndarray, coat: np.ndarray, stride: float) -> None:
-    """Walking across the view; stride is the legs' spread and sense."""
-
-    def limbs(*chains: list[tuple[float, float, float]]) -> np.ndarray:
-        def painter(d: ImageDraw.ImageDraw) -> None:
-            for chain in chains:
-                for (u0, v0, r0), (u1, v1, r1) in pairwise(chain):
-                    for t in np.linspace(0, 1, 40):
-                        px, py = c.project(x + height * (u0 + t * (u1 - u0)), height * (v0 + t * (v1 - v0)), z)
-                        r = (r0 + t * (r1 - r0)) * height * c.focal / z
-                        d.ellipse((px - r, py - r, px + r, py + r), fill=255)
-
-        return c.draw(painter)
-
-    s = stride * 0.11
-    gx, gz = c.ground()
-    c.light *= 1 - 0.6 * (np.exp(-(((gx - x) / 0.35) ** 2) - ((gz - z) / 0.3) ** 2) * (c.y > c.cy))[..., None]
-    folds = c.noise(c.x * z / c.focal * 9, c.y * z / c.focal * 4, 4)
-    legs = limbs(
-        [(0, 0.50, 0.058), (s * 0.9, 0.27, 0.042), (s, 0.04, 0.026), (s + 0.25 * s, 0.018, 0.018)],
-        [(0, 0.50, 0.058), (-s * 0.5, 0.27, 0.042), (-s * 1.3, 0.05, 0.026), (-s * 1.1, 0.018, 0.018)],
-    )
-    c.paint(legs, rgb(0.22, 0.23, 0.30) * (1 + 0.5 * folds)[..., None], 0.70 + 0.05 * folds, light)
-    torso = limbs([(0, 0.50, 0.070), (0.008, 0.62, 0.068), (0.01, 0.74, 0.082), (0.01, 0.80, 0.058)])
-    arms = limbs(
-        [(0.01, 0.79, 0.036), (-s * 0.8, 0.63, 0.030), (-s * 0.6, 0.50, 0.024)],
-        [(0.01, 0.79, 0.036), (s * 0.7, 0.63, 0.030), (s * 1.3, 0.52, 0.024)],
-    )
-    cloth = coat * (1 + 0.6 * folds)[..., None]
-    c.paint(torso, cloth, 0.78 + 0.06 * folds, light)
-    c.paint(arms, cloth * 0.85, 0.74 + 0.05 * folds, light)
-    skin = limbs([(-s * 0.6, 0.49, 0.020), (-s * 0.5, 0.47, 0.020)], [(s * 1.35, 0.515, 0.020), (s * 1.4, 0.50, 0.020)])
-    head = limbs([(0.01, 0.84, 0.030), (0.012, 0.90, 0.056), (0.014, 0.93, 0.058)])
-    c.paint(np.maximum(skin, head), rgb(0.72, 0.54, 0.44), 0.97, light)
-    c.paint(limbs([(0.0, 0.955, 0.050), (-0.012 * np.sign(s), 0.935, 0.052)]), rgb(0.14, 0.11, 0.09), 0.84, light)
-
-
-SCENES = {"street": street}
+SCENES = {
+    "street": (Canvas, street),
+    "night": (partial(Canvas, grain=0.010), night),
+    "smoke": (partial(Canvas, grain=0.005), burning),
+    "aerial": (partial(AerialCanvas, heading=-0.16), junction),
+}
 
 
 def write_sample(folder: Path) -> None:

@@ -8,7 +8,6 @@ from PIL import Image
 from diffmf_model.errors import UserError
 from diffmf_model.fuse import SAMPLE, fuse_images
 from diffmf_model.images import luma, read_image, rgb_to_ycbcr, to_uint8
-from diffmf_model.sample import render
 
 
 def levels(path) -> np.ndarray:
@@ -75,13 +74,6 @@ def test_the_bundled_pair_is_small_and_shows_a_target_only_in_infrared():
     assert all(path.stat().st_size < 400_000 for path in SAMPLE[1:])
     person = np.s_[0, 180:245, 432:448]
     assert ir[person].mean() > 0.6 and luma(vi)[person].mean() < 0.15
-
-
-def test_scenes_render_the_same_every_time():
-    first, second = render(size=(60, 45)), render(size=(60, 45))
-    assert first[0].shape == (45, 60) and first[1].shape == (45, 60, 3)
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not np.array_equal(first[0], render(seed=8, size=(60, 45))[0])
 
 
 def test_folders_by_name(tmp_path, pairs, picture, average, command):
