@@ -1,0 +1,57 @@
+"""Renders the gallery and fuses it: `python docs/gallery.py [SCENE ...]` (default: all scenes).
+
+Writes docs/gallery/SCENE_{ir,vi}.png, SCENE_fused.png for each set of weights in WEIGHTS whose file exists (the small
+set's is SCENE_fused-s.png), and the strip SCENE.png that README.md and docs/gallery.md show.
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from diffmf_model.checkpoint import BUNDLED_WEIGHTS, load_model, select_device
+from diffmf_model.fuse import fuse_images
+from diffmf_model.images import write_png
+from diffmf_model.sample import render
+
+FOLDER = Path(__file__).parent / "gallery"
+SCENES = ("night", "smoke", "aerial")
+WEIGHTS = {  # suffix of the picture's name: caption, file
+    "fused": ("fused", BUNDLED_WEIGHTS),
+    "fused-s": ("fused, small", BUNDLED_WEIGHTS.with_name("diffmf-s.safetensors")),
+}
+PANEL, GAP, CAPTION = (320, 240), 6, 18
+
+
+def main(scenes: list[str]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    device = select_device()
+    sets = {name: entry for name, entry in WEIGHTS.items() if entry[1].exists()}
+    models = {name: load_model(path, device) for name, (_, path) in sets.items()}
+    for scene in scenes:
+        ir, vi = (FOLDER / f"{scene}_{name}.png" for name in ("ir", "vi"))
+        for path, picture in zip((ir, vi), render(scene), strict=True):
+            Image.fromarray(picture).save(path, optimize=True)
+        panels = {"infrared": ir, "visible": vi}
+        for name, model in models.items():
+            path = panels[sets[name][0]] = FOLDER / f"{scene}_{name}.png"
+            write_png(path, fuse_images(ir, vi, model, device))
+        strip(panels).save(FOLDER / f"{scene}.png", optimize=True)
+        print(f"wrote {', '.join(path.name for path in panels.values())} and {scene}.png to {FOLDER}")
+
+
+def strip(panels: dict[str, Path]) -> Image.Image:
+    """The pictures side by side, smaller, each over its caption."""
+    width, height = PANEL
+    image = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height + CAPTION), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (caption, path) in enumerate(panels.items()):
+        left = i * (width + GAP)
+        with Image.open(path) as picture:
+            image.paste(picture.convert("RGB").resize(PANEL, Image.Resampling.LANCZOS), (left, 0))
+        draw.text((left + width / 2, height + CAPTION / 2), caption, "black", ImageFont.load_default(12), anchor="mm")
+    return image.point(lambda level: min(4 * round(level / 4), 255))  # 6 bits a channel halve the file and do not show
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(SCENES))
