@@ -51,10 +51,14 @@ def _problem(dtype, sizes, form, shared_decay):
     )
 
 
-def _innermost_contiguous(tensor):
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
+def _addressable(tensor):
+    """The tensor (M, B, H, W, ..., C), copied unless channels are contiguous and an image's pixels equally spaced."""
+    if tensor is None:
+        return None
+    height, width = tensor.shape[2:4]
+    channels = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    pixels = height == 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
+    return tensor if channels and pixels else tensor.contiguous()
 
 
 def _address(tensor) -> int:
@@ -84,7 +88,7 @@ class _Call:
     def __init__(self, form, x, proj, delta, dt_weight, dt_bias, A, D):
         self.rank = 0 if dt_weight is None else dt_weight.shape[-1]
         self.per_path = x.dim() == 6
-        self.x, self.proj, self.delta = (_innermost_contiguous(t) for t in (x, proj, delta))
+        self.x, self.proj, self.delta = (_addressable(t) for t in (x, proj, delta))
         self.parameters = [None if t is None else t.contiguous() for t in (dt_weight, dt_bias, A, D)]
         self.problem = _problem(x.dtype, _sizes(x, proj, self.rank), form, A.shape[-1] == 1)
         self.inputs = backend.module().SS2DInputs(

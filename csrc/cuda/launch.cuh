@@ -88,7 +88,8 @@ inline Plan chunk_plan(const SS2DProblem& problem, const Layout& layout, int64_t
 // The greatest power of two, at most 16, that divides all of them: what one copy can move.
 template <typename... Counts>
 int granule_of(const void* data, Counts... counts) {
-  const uint64_t bits = (static_cast<uint64_t>(reinterpret_cast<uintptr_t>(data)) | ... | static_cast<uint64_t>(counts)) | 16;
+  const uint64_t bits =
+      (static_cast<uint64_t>(reinterpret_cast<uintptr_t>(data)) | ... | static_cast<uint64_t>(counts)) | 16;
   return static_cast<int>(bits & (~bits + 1));
 }
 
@@ -102,7 +103,7 @@ Activation activation(const SS2DProblem& problem, const void* data, const Stride
       pixel != static_cast<int>(pixel))
     throw std::runtime_error(std::string("ss2d: the pixels of ") + name + " are not equally spaced");
   Activation result = {static_cast<const char*>(data), strides.modality * element, strides.batch * element,
-                       strides.path * element, static_cast<int>(pixel), 0};
+                       strides.path * element,         static_cast<int>(pixel),    0};
   result.granule = granule_of(data, result.modality, result.batch, result.path, pixel, bytes...);
   return result;
 }
@@ -126,12 +127,13 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   const Layout& layout = plan.layout;
   params.block_channels = layout.block_channels;
   params.state_lanes = layout.state_lanes;
+  while ((1 << params.lane_shift) < layout.state_lanes) ++params.lane_shift;
   params.groups = layout.groups;
   params.padded_states = layout.padded_states;
   params.pitch = layout.pitch;
   params.chunk = static_cast<int>(plan.chunk);
   params.chunks = static_cast<int>(plan.chunks);
-  const int element = params.element_size();
+  const int element = params.element();
   const int64_t block_bytes = int64_t{layout.block_channels} * element, row_bytes = problem.channels * element;
   params.x = activation(problem, inputs.x, inputs.x_strides, element, "x", block_bytes, row_bytes);
   params.proj = activation(problem, inputs.proj, inputs.proj_strides, element, "proj", problem.rank * element,

@@ -24,28 +24,31 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 128;
-constexpr int kMinBlocks = 4;  // a multiprocessor holds: at most 128 registers a thread
+constexpr int kMinBlocks = 3;  // a multiprocessor holds: at most 168 registers a thread
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
 
 struct BackwardParams : Params {
   Activation dy;              // [M, B, L, D]
   const float* saved_states;  // [M, B, K, pieces, N, D]
   bool x_per_path;
-  bool shared_source;  // Exchange::from_*: both modalities read one modality's B and C
-  void* dx;            // [M, B, L, (K,) D]
-  float* dx_sum;       // like dx while paths are still missing; dx itself when it is float
-  void* dproj;         // [M, B, L, K, R + 2N]
-  float* dproj_sum;    // like dproj while contributions are still missing; dproj itself when it is float
-  void* ddelta;        // [M, B, L, K, D] or null
-  float* ddt_weight;   // [parts, M, K, D, R]
-  float* ddt_bias;     // [parts, M, K, D] or null
-  float* da;           // [parts, M, K, D, N or 1]
-  float* dd;           // [parts, M, K, D] or null
+  bool shared_source;    // Exchange::from_*: both modalities read one modality's B and C
+  void* dx;              // [M, B, L, (K,) D]
+  float* dx_sum;         // like dx while paths are still missing; dx itself when it is float
+  void* dproj;           // [M, B, L, K, R + 2N]
+  float* dproj_sum;      // like dproj while contributions are still missing; dproj itself when it is float
+  void* ddelta;          // [M, B, L, K, D] or null
+  float* ddt_weight;     // [parts, M, K, D, R]
+  float* ddt_bias;       // [parts, M, K, D] or null
+  float* da;             // [parts, M, K, D, N or 1]
+  float* dd;             // [parts, M, K, D] or null
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
   // Shared memory, offsets in bytes. Two tiles of rows and activations are in flight.
-  int rows_at, decoded_rows_at, x_at, dy_at, decoded_at, delta_at, token_at, slope_at, sums_at, weight_at, dweight_at,
-      warp_sums_at, history_at;
+  int walk_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_at, delta_at, token_at, slope_at, sums_at, channels_at,
+      dweight_at, warp_sums_at, history_at;
+  // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
+  // channel, at work on different tokens, find theirs in different banks.
+  int single, twin;
   int copy_lanes;  // threads that copy one token of a tile
 };
 
@@ -56,48 +59,50 @@ struct Seat {
   char* shared;
 };
 
-// What a walk of one block along one path keeps at hand.
-template <int CH>
+// What a walk of one block along one path keeps at hand, in shared memory.
 struct Walk {
   Track track;
-  int d, end;  // first channel of the thread; end of the chunk
-  float bias[CH];
-  __device__ Walk(const BackwardParams& p, const Seat& seat, const Track& track, int end)
-      : track(track), d(track.first_d + seat.c), end(end) {
-#pragma unroll
-    for (int c = 0; c < CH; ++c)
-      bias[c] = p.dt_bias != nullptr && d + c < p.channels ? p.dt_bias[track.mk(p) * p.channels + d + c] : 0.f;
-    __syncthreads();  // nobody reads the weight of the walk before
-    stage_weight(p, track, reinterpret_cast<float*>(seat.shared + p.weight_at), threadIdx.x, blockDim.x);
-  }
+  Bases bases;
+  const char* dy;  // at pixel 0, first channel of the block
+  int end;         // of the chunk
+  __device__ Walk(const BackwardParams& p, const Track& t, int end)
+      : track(t),
+        bases(p, t),
+        dy(p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * p.element()),
+        end(end) {}
 };
+__device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& seat, const Track& track, int end) {
+  Walk* const walk = reinterpret_cast<Walk*>(seat.shared + p.walk_at);
+  __syncthreads();  // nobody reads what the walk before needed
+  stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), threadIdx.x, blockDim.x);
+  if (threadIdx.x == 0) *walk = Walk(p, track, end);
+  __syncthreads();
+  return *walk;
+}
 
 // What a walk reads of a token, and so stages.
 enum class Reads { b_x, c_dy, all };
 
 // Starts the copies of the tile of tokens [q0, q0 + kTile) into buffer 0 or 1. Past the end: the last token once more.
-template <Reads kReads, int CH>
-__device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk<CH>& walk, int q0, int buffer) {
-  const Track& track = walk.track;
+template <Reads kReads>
+__device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer) {
   const int lane = opaque(seat.copy_lane), element = p.element();
-  const int x_bytes = p.block_channels * element;
-  const int real_bytes = min(p.block_channels, p.channels - track.first_d) * element;
+  const int x_bytes = p.single * element;
+  const int real_bytes = min(p.block_channels, p.channels - walk.track.first_d) * element;
   const int slot = buffer * kTile + seat.copy_token;
   if (seat.copy_token < kTile) {
-    const int pixel = track.pixel(p, min(q0 + seat.copy_token, walk.end - 1));
-    copy_proj<kReads != Reads::c_dy, kReads != Reads::b_x>(
-        p, track, pixel, seat.shared + p.rows_at + slot * p.pitch * element, lane, p.copy_lanes);
+    const int pixel = walk.track.pixel(p, min(q0 + seat.copy_token, walk.end - 1));
+    copy_proj<kReads != Reads::c_dy, kReads != Reads::b_x, 0>(
+        p, walk.bases, pixel, seat.shared + p.rows_at + slot * p.pitch * element, lane, p.copy_lanes);
     if constexpr (kReads != Reads::c_dy)
-      copy_row(seat.shared + p.x_at + slot * x_bytes, track.x + int64_t{pixel} * p.x.pixel, real_bytes, p.x.granule,
-               lane, p.copy_lanes);
+      copy_row<0>(seat.shared + p.x_at + slot * x_bytes, walk.bases.x + int64_t{pixel} * p.x.pixel, real_bytes,
+                  p.x.granule, lane, p.copy_lanes);
     if constexpr (kReads != Reads::b_x)
-      copy_row(seat.shared + p.dy_at + slot * x_bytes,
-               p.dy.data + track.m * p.dy.modality + track.b * p.dy.batch + int64_t{track.first_d} * element +
-                   int64_t{pixel} * p.dy.pixel,
-               real_bytes, p.dy.granule, lane, p.copy_lanes);
+      copy_row<0>(seat.shared + p.dy_at + slot * x_bytes, walk.dy + int64_t{pixel} * p.dy.pixel, real_bytes,
+                  p.dy.granule, lane, p.copy_lanes);
     if (p.rank == 0)
-      copy_row(seat.shared + p.delta_at + slot * x_bytes, track.delta + int64_t{pixel} * p.delta.pixel, real_bytes,
-               p.delta.granule, lane, p.copy_lanes);
+      copy_row<0>(seat.shared + p.delta_at + slot * x_bytes, walk.bases.delta + int64_t{pixel} * p.delta.pixel,
+                  real_bytes, p.delta.granule, lane, p.copy_lanes);
   }
   copies_commit();
 }
@@ -105,19 +110,67 @@ __device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, con
 // A staged tile, ready to be walked.
 struct Tile {
   const float* rows;    // [kTile, pitch]
-  const float* x;       // [kTile, block_channels]
-  const float* dy;      // [kTile, block_channels]
-  const float* tokens;  // [kTile, block_channels / CH, {step[CH], input[CH]}]: input = step * x, or x for zoh
+  const float* x;       // [kTile, single]
+  const float* dy;      // [kTile, single]
+  const float* tokens;  // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
 };
 
-// Waits for the tile in `buffer`, makes float of it, and computes the steps (and their slopes, for Reads::all); every
-// lane of a channel takes its share of the tokens. Starts the next tile's copies by `issue_next()`.
+// Computes the steps (and their slopes, for Reads::all) of a staged tile and makes float of its activations; every lane
+// of a channel takes its share of the tokens.
+template <Reads kReads, bool kZoh, bool kHalf, int CH>
+__device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+                                     int q0, int buffer) {
+  const int x_bytes = p.single * (kHalf ? 2 : 4);
+  const char* const raw_x = seat.shared + p.x_at + buffer * kTile * x_bytes;
+  const char* const raw_dy = seat.shared + p.dy_at + buffer * kTile * x_bytes;
+  float* const tokens = const_cast<float*>(tile.tokens) + seat.c * 2;
+  float* const slopes = reinterpret_cast<float*>(seat.shared + p.slope_at) + seat.c;
+  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
+  const bool partial = q0 + kTile > walk.end || walk.track.first_d + p.block_channels > p.channels;
+  const StepWeights<CH> weights(p, channels);
+  const int first = opaque(seat.lane);
+#pragma unroll 2
+  for (int t = first; t < kTile; t += p.state_lanes) {
+    float raw[CH], x[CH] = {}, dy[CH] = {}, token[2 * CH], slope[CH];
+    if (p.rank > 0) {
+      token_raw<CH>(p, tile.rows + t * p.pitch, weights, channels, raw);
+    } else {
+      read_activation<CH, kHalf>(p, seat.shared + p.delta_at + (buffer * kTile + t) * x_bytes, seat.c, raw);
+#pragma unroll
+      for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
+    }
+    if constexpr (kReads != Reads::c_dy) read_activation<CH, kHalf>(p, raw_x + t * x_bytes, seat.c, x);
+    if (kReads != Reads::b_x && (kHalf || partial)) read_activation<CH, kHalf>(p, raw_dy + t * x_bytes, seat.c, dy);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      if constexpr (kReads == Reads::all) {
+        const Step step = p.softplus ? softplus_step(raw[c]) : Step{raw[c], 1.f};
+        token[c] = step.value;
+        slope[c] = step.slope;
+      } else {
+        token[c] = p.softplus ? softplus(raw[c]) : raw[c];
+      }
+      // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay
+      // 1, and nothing is added.
+      if (partial && (q0 + t >= walk.end || walk.track.first_d + seat.c + c >= p.channels))
+        token[c] = x[c] = dy[c] = slope[c] = 0.f;
+      token[CH + c] = kZoh ? x[c] : token[c] * x[c];
+    }
+    write_floats<2 * CH>(tokens + t * p.twin, token);
+    if (kHalf || partial) {
+      if constexpr (kReads != Reads::c_dy) write_floats<CH>(const_cast<float*>(tile.x) + t * p.single + seat.c, x);
+      if constexpr (kReads != Reads::b_x) write_floats<CH>(const_cast<float*>(tile.dy) + t * p.single + seat.c, dy);
+    }
+    if constexpr (kReads == Reads::all) write_floats<CH>(slopes + t * p.single, slope);
+  }
+}
+
+// Waits for the tile in `buffer` and prepares it. Starts the next tile's copies by `issue_next()`.
 template <Reads kReads, bool kZoh, int CH, typename F>
-__device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, const Walk<CH>& walk, int q0, int buffer,
+__device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer,
                                     F&& issue_next) {
-  const int element = p.element(), row_bytes = p.pitch * element, x_bytes = p.block_channels * element;
+  const int element = p.element(), row_bytes = p.pitch * element, x_bytes = p.single * element;
   char* const shared = seat.shared;
-  const int floats = kTile * p.block_channels;
   copies_wait();
   __syncthreads();  // the tile is there; nobody needs the one before
   issue_next();
@@ -132,48 +185,13 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, c
           decode_quad(shared + p.rows_at + buffer * kTile * row_bytes + i * 2, p.dtype);
     tile.rows = decoded;
     tile.x = reinterpret_cast<const float*>(shared + p.decoded_at);
-    tile.dy = tile.x + floats;
+    tile.dy = tile.x + kTile * p.single;
     __syncthreads();
   }
-  const float* const weight = reinterpret_cast<const float*>(shared + p.weight_at) + seat.c;
-  const int first = opaque(seat.lane);
-#pragma unroll 1
-  for (int t = first; t < kTile; t += p.state_lanes) {
-    float raw[CH], x[CH] = {}, dy[CH] = {}, token[2 * CH], slope[CH];
-    token_raw<CH>(p, tile.rows + t * p.pitch, weight, walk.bias, raw);
-    if (p.rank == 0) {
-      float delta[CH];
-      read_activation<CH>(p, shared + p.delta_at + (buffer * kTile + t) * x_bytes, seat.c, delta);
-#pragma unroll
-      for (int c = 0; c < CH; ++c) raw[c] += delta[c];
-    }
-    char* const raw_x = shared + p.x_at + (buffer * kTile + t) * x_bytes;
-    char* const raw_dy = shared + p.dy_at + (buffer * kTile + t) * x_bytes;
-    if constexpr (kReads != Reads::c_dy) read_activation<CH>(p, raw_x, seat.c, x);
-    if constexpr (kReads != Reads::b_x) read_activation<CH>(p, raw_dy, seat.c, dy);
-    bool rewrite = p.half;
-#pragma unroll
-    for (int c = 0; c < CH; ++c) {
-      const Step step = p.softplus ? softplus_step(raw[c]) : Step{raw[c], 1.f};
-      // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay
-      // 1, and nothing is added.
-      const bool valid = q0 + t < walk.end && walk.d + c < p.channels;
-      if (!valid) {
-        x[c] = dy[c] = 0.f;
-        rewrite = true;
-      }
-      token[c] = valid ? step.value : 0.f;
-      token[CH + c] = kZoh ? x[c] : token[c] * x[c];
-      slope[c] = step.slope;
-    }
-    write_floats<2 * CH>(const_cast<float*>(tile.tokens) + (t * p.block_channels + seat.c) * 2, token);
-    if (rewrite) {
-      const int at = t * p.block_channels + seat.c;
-      if constexpr (kReads != Reads::c_dy) write_floats<CH>(const_cast<float*>(tile.x) + at, x);
-      if constexpr (kReads != Reads::b_x) write_floats<CH>(const_cast<float*>(tile.dy) + at, dy);
-    }
-    if constexpr (kReads == Reads::all)
-      write_floats<CH>(reinterpret_cast<float*>(shared + p.slope_at) + t * p.block_channels + seat.c, slope);
+  if (p.half) {
+    compute_steps<kReads, kZoh, true, CH>(p, seat, walk, tile, q0, buffer);
+  } else {
+    compute_steps<kReads, kZoh, false, CH>(p, seat, walk, tile, q0, buffer);
   }
   __syncwarp();  // the lanes of a channel are in one warp
   return tile;
@@ -183,7 +201,7 @@ template <int NS, int CH, bool kSharedDecay, bool kZoh>
 __device__ inline void advance(const BackwardParams& p, const Tile& tile, const Seat& seat,
                                const float (&a)[CH][kSharedDecay ? 1 : NS], int t, float (&h)[CH][NS]) {
   float token[2 * CH], b[NS];
-  read_floats<2 * CH>(tile.tokens + (t * p.block_channels + seat.c) * 2, token);
+  read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
   read_floats<NS>(tile.rows + t * p.pitch + seat.lane * NS, b);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
@@ -203,23 +221,23 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 template <int NS, int CH, bool kSharedDecay>
 __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const Track& track, int begin, int end,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
-  const Walk<CH> walk(p, seat, track, end);
+  const Walk& walk = begin_walk(p, seat, track, end);
   float a[CH][kSharedDecay ? 1 : NS];
-  load_decays<NS, CH, kSharedDecay>(p, track, walk.d, seat.lane, a);
+  load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + seat.c, seat.lane, a);
   const int tiles = (end - begin + kTile - 1) / kTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kTile; };
   issue_tile<Reads::c_dy>(p, seat, walk, first_token(0), 0);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
-    const Tile tile = prepare_tile<Reads::c_dy, false>(p, seat, walk, first_token(i), i & 1, [&] {
+    const Tile tile = prepare_tile<Reads::c_dy, false, CH>(p, seat, walk, first_token(i), i & 1, [&] {
       if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, seat, walk, first_token(i + 1), ~i & 1);
     });
 #pragma unroll 2
     for (int j = 0; j < kTile; ++j) {
       const int t = track.reversed ? j : kTile - 1 - j;
       float token[2 * CH], dy[CH], c_row[NS];
-      read_floats<2 * CH>(tile.tokens + (t * p.block_channels + seat.c) * 2, token);
-      read_floats<CH>(tile.dy + t * p.block_channels + seat.c, dy);
+      read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
+      read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
       read_floats<NS>(tile.rows + t * p.pitch + p.padded_states + seat.lane * NS, c_row);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
@@ -236,9 +254,9 @@ __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const
 }
 
 // Sums v over the lanes that differ in a bit from `first` up to below `last`. While a lane holds more than one value,
-// each step also halves them: the lane whose bit is set keeps the upper half. Returns the index of v[0] among the values
-// it started with; duplicates (more lanes than values) hold the same sums. kFirst and kLast are known for the default
-// layout (0: taken at run time).
+// each step also halves them: the lane whose bit is set keeps the upper half. Returns the index of v[0] among the
+// values it started with; duplicates (more lanes than values) hold the same sums. kFirst and kLast are known for the
+// default layout (0: taken at run time).
 template <int kFirst, int kLast, int NV>
 __device__ inline int sum_over_lanes(float (&v)[NV], int first, int last, int lane_id) {
   int base = 0;
@@ -293,116 +311,146 @@ __device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float v
 }
 
 // After a tile: the warps' sums become rows of dproj. Between two barriers.
-__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Track& track,
-                                   const Contribution& part, int q0, int end) {
+__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Walk& walk,
+                                   const Contribution& part, int q0) {
   const int row = p.row(), warps = blockDim.x / 32;
-  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens;
-  const int64_t source_image = (int64_t{p.source(track.m)} * p.batch + track.b) * p.tokens;
-  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at);
   const int lane = opaque(seat.copy_lane), t = seat.copy_token;
-  if (t >= kTile || q0 + t >= end) return;
+  if (t >= kTile || q0 + t >= walk.end) return;
+  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at) + t * p.pitch;
+  const Track& track = walk.track;
   const int64_t pixel = track.pixel(p, q0 + t);
-  const int64_t own = ((image + pixel) * p.paths + track.k) * row;
-  const int64_t from = ((source_image + pixel) * p.paths + track.k) * row;
+  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens + pixel;
+  const int64_t source = (int64_t{p.source(track.m)} * p.batch + track.b) * p.tokens + pixel;
+  const int64_t own = (image * p.paths + track.k) * row, from = (source * p.paths + track.k) * row + p.rank;
+  if (!p.half && part.first_bc && part.last_bc && p.padded_states == p.states && p.rank % 2 == 0) {
+    float* const to = p.dproj_sum + from;
 #pragma unroll 1
-  for (int j = lane; j < row; j += p.copy_lanes) {
-    const int n = j - p.rank;  // of [B | C]
-    const int column = n < 0 ? 2 * p.padded_states + j : n < p.states ? n : p.padded_states + n - p.states;
-    float sum = 0.f;
-    for (int w = 0; w < warps; ++w) sum += sums[(w * kTile + t) * p.pitch + column];
-    if (n < 0) {
-      add_to_dproj(p, own + j, sum, part.first_low, part.last_low);
-    } else {
+    for (int j = lane * 2; j < 2 * p.states; j += p.copy_lanes * 2) {
+      float2 sum = make_float2(0.f, 0.f);
+      for (int w = 0; w < warps; ++w) {
+        const float2 v = *reinterpret_cast<const float2*>(sums + w * kTile * p.pitch + j);
+        sum.x += v.x;
+        sum.y += v.y;
+      }
+      *reinterpret_cast<float2*>(to + j) = sum;
+    }
+  } else {
+#pragma unroll 1
+    for (int j = lane; j < 2 * p.states; j += p.copy_lanes) {
+      const int column = j < p.states ? j : p.padded_states + j - p.states;
+      float sum = 0.f;
+      for (int w = 0; w < warps; ++w) sum += sums[w * kTile * p.pitch + column];
       add_to_dproj(p, from + j, sum, part.first_bc, part.last_bc);
-      if (part.zero_own_bc) store_as(p.dproj, own + j, 0.f, p);
+      if (part.zero_own_bc) store_as(p.dproj, own + p.rank + j, 0.f, p);
+    }
+  }
+#pragma unroll 1
+  for (int r = lane; r < p.rank; r += p.copy_lanes) {
+    float sum = 0.f;
+    for (int w = 0; w < warps; ++w) sum += sums[w * kTile * p.pitch + 2 * p.padded_states + r];
+    add_to_dproj(p, own + r, sum, part.first_low, part.last_low);
+  }
+}
+
+// dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx.
+template <int CH>
+__device__ inline void write_dx(const BackwardParams& p, const Contribution& part, int64_t to, int exist,
+                                const float (&dx)[CH]) {
+  if (CH == 2 && p.channels % 2 == 0 && !p.half) {
+    if (exist < CH) return;
+    if (part.first_dx) {
+      write_floats<CH>(p.dx_sum + to, dx);
+    } else {
+      add_at<CH>(p.dx_sum + to, dx);
+    }
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    if (c >= exist) break;
+    if (p.half && part.last_dx) {
+      store_as(p.dx, to + c, part.first_dx ? dx[c] : __ldcg(p.dx_sum + to + c) + dx[c], p);
+    } else if (part.first_dx) {
+      p.dx_sum[to + c] = dx[c];
+    } else {
+      const float one[1] = {dx[c]};
+      add_at<1>(p.dx_sum + to + c, one);
     }
   }
 }
 
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
-template <int NS, int CH, bool kSharedDecay, bool kZoh>
-__device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, const Walk<CH>& walk, const Tile& tile,
-                                     const Contribution& part, const float (&skip)[CH], int q0,
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+                                     const Contribution& part, int q0,
                                      ParameterGradients<NS, CH, kSharedDecay>& grads) {
-  const Track& track = walk.track;
-  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens;
-  const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* const warp_sums =
-      reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
-  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.sums_at);
-  const float* const slopes = reinterpret_cast<const float*>(seat.shared + p.slope_at);
-  const float* const weight = reinterpret_cast<const float*>(seat.shared + p.weight_at) + seat.c;
-  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at) + seat.c;
+  constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.sums_at) + seat.c * 2;
+  const float* const slopes = reinterpret_cast<const float*>(seat.shared + p.slope_at) + seat.c;
+  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
   const int first = opaque(seat.lane);
-#pragma unroll 1
-  for (int t0 = 0; t0 < kTile; t0 += p.state_lanes) {
-    const int t = t0 + first;
-    const bool exists = t < kTile;  // more lanes than tokens: the rest only takes part in the sums
-    float draw[CH] = {};
-    if (exists) {
-      const int at = t * p.block_channels + seat.c;
-      float sum[2 * CH], x[CH], dy[CH], slope[CH], token[2 * CH], dx[CH];
-      read_floats<2 * CH>(sums + at * 2, sum);
-      read_floats<CH>(tile.x + at, x);
-      read_floats<CH>(tile.dy + at, dy);
-      read_floats<CH>(slopes + at, slope);
-      read_floats<2 * CH>(tile.tokens + at * 2, token);
+  float draw[kShare][CH] = {};
 #pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        // sum: d step through the decay, and dh * B (zoh: d step in full, and dx)
-        const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
-        draw[c] = dstep * slope[c];
-        dx[c] = fmaf(skip[c], dy[c], kZoh ? sum[CH + c] : token[c] * sum[CH + c]);
-        grads.bias[c] += draw[c];
-        grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
-      }
-      if (q0 + t < walk.end) {
-        const int64_t pixel = image + track.pixel(p, q0 + t);
-        const int64_t to = (p.x_per_path ? pixel * p.paths + track.k : pixel) * p.channels + walk.d;
-        const bool pair = CH == 2 && p.channels % 2 == 0 && !p.half;
-        if (pair && walk.d < p.channels) {
-          if (part.first_dx) {
-            write_floats<CH>(p.dx_sum + to, dx);
-          } else {
-            add_at<CH>(p.dx_sum + to, dx);
-          }
-        }
+  for (int i = 0; i < kShare; ++i) {
+    const int t = first + i * lanes;
+    if (t >= kTile) break;
+    const int at = t * p.single;
+    float sum[2 * CH], x[CH], dy[CH], slope[CH], token[2 * CH], dx[CH], skip[CH];
+    read_floats<2 * CH>(sums + t * p.twin, sum);
+    read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
+    read_floats<CH>(tile.x + at + seat.c, x);
+    read_floats<CH>(tile.dy + at + seat.c, dy);
+    read_floats<CH>(slopes + at, slope);
+    read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          if (walk.d + c >= p.channels) break;
-          if (p.ddelta != nullptr)
-            store_as(p.ddelta, (pixel * p.paths + track.k) * p.channels + walk.d + c, draw[c], p);
-          if (pair) continue;
-          if (p.half && part.last_dx) {
-            store_as(p.dx, to + c, part.first_dx ? dx[c] : __ldcg(p.dx_sum + to + c) + dx[c], p);
-          } else if (part.first_dx) {
-            p.dx_sum[to + c] = dx[c];
-          } else {
-            const float one[1] = {dx[c]};
-            add_at<1>(p.dx_sum + to + c, one);
-          }
-        }
+    for (int c = 0; c < CH; ++c) {
+      // sum: d step through the decay, and dh * B (zoh: d step in full, and dx)
+      const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
+      draw[i][c] = dstep * slope[c];
+      dx[c] = fmaf(skip[c], dy[c], kZoh ? sum[CH + c] : token[c] * sum[CH + c]);
+      grads.bias[c] += draw[i][c];
+      grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
+    }
+    if (q0 + t < walk.end) {
+      const Track& track = walk.track;
+      const int64_t pixel = (int64_t{track.m} * p.batch + track.b) * p.tokens + track.pixel(p, q0 + t);
+      const int d = track.first_d + seat.c;
+      write_dx<CH>(p, part, (p.x_per_path ? pixel * p.paths + track.k : pixel) * p.channels + d, p.channels - d, dx);
+      if (p.ddelta != nullptr) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c)
+          if (d + c < p.channels) store_as(p.ddelta, (pixel * p.paths + track.k) * p.channels + d + c, draw[i][c], p);
       }
     }
+  }
+  float* const warp_sums =
+      reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
+  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at) + threadIdx.x * CH;
 #pragma unroll 1
-    for (int r = 0; r < p.rank; ++r) {
-      float w[CH], dw[CH], low = 0.f;
-      read_floats<CH>(weight + r * p.block_channels, w);
-      const float value = exists ? tile.rows[t * p.pitch + 2 * p.padded_states + r] : 0.f;
+  for (int r = 0; r < p.rank; ++r) {
+    float w[CH], dw[CH], low[kShare] = {};
+    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w);
+    read_floats<CH>(dweight + r * blockDim.x * CH, dw);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int t = first + i * lanes;
+      if (t >= kTile) break;
+      const float value = tile.rows[t * p.pitch + 2 * p.padded_states + r];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        low = fmaf(draw[c], w[c], low);
-        dw[c] = draw[c] * value;
+        low[i] = fmaf(draw[i][c], w[c], low[i]);
+        dw[c] = fmaf(draw[i][c], value, dw[c]);
       }
-      for (int off = p.state_lanes; off < 32; off *= 2) low += __shfl_xor_sync(0xffffffffu, low, off);
-      if (exists && lane_id < p.state_lanes) warp_sums[t * p.pitch + r] = low;
-      for (int off = 1; off < p.state_lanes; off *= 2)
+    }
+    write_floats<CH>(dweight + r * blockDim.x * CH, dw);
+    const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
+    const int held = max(1, kShare * lanes / 32);
 #pragma unroll
-        for (int c = 0; c < CH; ++c) dw[c] += __shfl_xor_sync(0xffffffffu, dw[c], off);
-      if (seat.lane == 0)
-#pragma unroll
-        for (int c = 0; c < CH; ++c) dweight[r * p.block_channels + c] += dw[c];
+    for (int v = 0; v < kShare; ++v) {
+      const int t = first + (base + v) * lanes;
+      if (v < held && lane_id < kShare * lanes && t < kTile) warp_sums[t * p.pitch + r] = low[v];
     }
   }
 }
@@ -413,17 +461,15 @@ template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track& track, int chunk,
                           const Contribution& part, float (&g)[CH][NS]) {
   const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
-  const Walk<CH> walk(p, seat, track, end);
+  const Walk& walk = begin_walk(p, seat, track, end);
+  const int d = track.first_d + seat.c;
   const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = kLanes > 0 ? kLanes : p.state_lanes;
   constexpr int kDecays = kSharedDecay ? 1 : NS;
-  float a[CH][kDecays], skip[CH];
-  load_decays<NS, CH, kSharedDecay>(p, track, walk.d, seat.lane, a);
-#pragma unroll
-  for (int c = 0; c < CH; ++c)
-    skip[c] = p.d != nullptr && walk.d + c < p.channels ? p.d[track.mk(p) * p.channels + walk.d + c] : 0.f;
+  float a[CH][kDecays];
+  load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
   ParameterGradients<NS, CH, kSharedDecay> grads = {};
   float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at);
-  for (int i = threadIdx.x; i < p.rank * p.block_channels; i += blockDim.x) dweight[i] = 0.f;
+  for (int i = 0; i < p.rank * CH; ++i) dweight[i * blockDim.x + threadIdx.x] = 0.f;
   float* const history = reinterpret_cast<float*>(seat.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
   constexpr int V = NS % 4 == 0 ? 4 : 1;
   auto history_at = [&](int tile, int c, int j) {
@@ -446,7 +492,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
       issue_tile<Reads::all>(p, seat, walk, first_token(0), 0);
     }
     float h[CH][NS] = {};
-    load_state<NS, CH>(p, p.saved_states + (track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint}) * plane, walk.d,
+    load_state<NS, CH>(p, p.saved_states + (track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint}) * plane, d,
                        seat.lane, h);
     // Along the scan: the state at the entry of every tile.
 #pragma unroll 1
@@ -460,7 +506,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           for (int v = 0; v < V; ++v) part_of[v] = h[c][j + v];
           write_floats<V>(history_at(i, c, j), part_of);
         }
-      const Tile tile = prepare_tile<Reads::b_x, kZoh>(p, seat, walk, first_token(i), i & 1, [&] {
+      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH>(p, seat, walk, first_token(i), i & 1, [&] {
         if (i + 2 < tiles) {
           issue_tile<Reads::b_x>(p, seat, walk, first_token(i + 1), ~i & 1);
         } else {
@@ -475,7 +521,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
 #pragma unroll 1
     for (int i = tiles - 1; i >= 0; --i) {
       const int q0 = first_token(i);
-      const Tile tile = prepare_tile<Reads::all, kZoh>(p, seat, walk, q0, i & 1, [&] {
+      const Tile tile = prepare_tile<Reads::all, kZoh, CH>(p, seat, walk, q0, i & 1, [&] {
         if (i > 0) issue_tile<Reads::all>(p, seat, walk, first_token(i - 1), ~i & 1);
       });
       if (i < tiles - 1) {
@@ -499,7 +545,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
         advance<NS, CH, kSharedDecay, kZoh>(p, tile, seat, a, t, h);
         float dy[CH], dc[NS];
-        read_floats<CH>(tile.dy + t * p.block_channels + seat.c, dy);
+        read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
           dc[n] = dy[0] * h[0][n];
@@ -519,8 +565,8 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
         const float* row = tile.rows + t * p.pitch + seat.lane * NS;
         float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
         float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
-        read_floats<2 * CH>(tile.tokens + (t * p.block_channels + seat.c) * 2, token);
-        read_floats<CH>(tile.dy + t * p.block_channels + seat.c, dy);
+        read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
+        read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
         read_floats<NS>(row, b);
         read_floats<NS>(row + p.padded_states, c_row);
 #pragma unroll
@@ -559,26 +605,30 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
         const int sum_held = max(1, 2 * CH / lanes);
 #pragma unroll
         for (int v = 0; v < 2 * CH; ++v)
-          if (v < sum_held && seat.lane < 2 * CH)
-            sums[(t * p.block_channels + seat.c) * 2 + sum_base + v] = sum[v];
+          if (v < sum_held && seat.lane < 2 * CH) sums[t * p.twin + seat.c * 2 + sum_base + v] = sum[v];
       }
       __syncwarp();
-      finish_tokens<NS, CH, kSharedDecay, kZoh>(p, seat, walk, tile, part, skip, q0, grads);
+      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, walk, tile, part, q0, grads);
       __syncthreads();
-      write_dproj(p, seat, track, part, q0, end);
+      write_dproj(p, seat, walk, part, q0);
     }
   }
 
   // This chunk's part of the parameter gradients.
   const int64_t parameters = int64_t{p.modalities} * p.paths * p.channels;
-  const int64_t mkd = (int64_t{track.b} * p.chunks + chunk) * parameters + track.mk(p) * p.channels + walk.d;
+  const int64_t mkd = (int64_t{track.b} * p.chunks + chunk) * parameters + track.mk(p) * p.channels + d;
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
-    const bool exists = walk.d + c < p.channels;
+    const bool exists = d + c < p.channels;
     for (int off = 1; off < p.state_lanes; off *= 2) {
       if constexpr (kSharedDecay) grads.a[c][0] += __shfl_xor_sync(0xffffffffu, grads.a[c][0], off);
       grads.bias[c] += __shfl_xor_sync(0xffffffffu, grads.bias[c], off);
       grads.skip[c] += __shfl_xor_sync(0xffffffffu, grads.skip[c], off);
+    }
+    for (int r = 0; r < p.rank; ++r) {
+      float dw = dweight[(r * blockDim.x + threadIdx.x) * CH + c];
+      for (int off = 1; off < p.state_lanes; off *= 2) dw += __shfl_xor_sync(0xffffffffu, dw, off);
+      if (exists && seat.lane == 0) p.ddt_weight[(mkd + c) * p.rank + r] = dw;
     }
     if (!exists) continue;
     if constexpr (kSharedDecay) {
@@ -593,8 +643,6 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     if (seat.lane == 0) {
       if (p.ddt_bias != nullptr) p.ddt_bias[mkd + c] = grads.bias[c];
       if (p.dd != nullptr) p.dd[mkd + c] = grads.skip[c];
-      for (int r = 0; r < p.rank; ++r)
-        p.ddt_weight[(mkd + c) * p.rank + r] = dweight[r * p.block_channels + seat.c + c];
     }
   }
 }
@@ -704,24 +752,27 @@ Layout layout_of(const SS2DProblem& problem) {
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
   const int element = problem.dtype == DType::f32 ? 4 : 2, channels = layout.block_channels;
-  const int tile_bytes = kTile * channels * 4, raw_bytes = 2 * kTile * channels * element;
+  params.single = channels + 8;
+  params.twin = 2 * channels + 8;
+  const int raw_bytes = 2 * kTile * params.single * element;
   int bytes = 0;
   auto reserve = [&](int count) {
     const int at = bytes;
     bytes += (count + 15) / 16 * 16;
     return at;
   };
+  params.walk_at = reserve(sizeof(Walk));
   params.rows_at = reserve(2 * kTile * layout.pitch * element);
   params.decoded_rows_at = element == 2 ? reserve(kTile * layout.pitch * 4) : 0;
   params.x_at = reserve(raw_bytes);
   params.dy_at = reserve(raw_bytes);
-  params.decoded_at = element == 2 ? reserve(2 * tile_bytes) : 0;
+  params.decoded_at = element == 2 ? reserve(2 * kTile * params.single * 4) : 0;
   params.delta_at = problem.rank == 0 ? reserve(raw_bytes) : 0;
-  params.token_at = reserve(2 * tile_bytes);
-  params.slope_at = reserve(tile_bytes);
-  params.sums_at = reserve(2 * tile_bytes);
-  params.weight_at = reserve(static_cast<int>(problem.rank + problem.rank % 2) * channels * 4);
-  params.dweight_at = reserve(static_cast<int>(problem.rank) * channels * 4);
+  params.token_at = reserve(kTile * params.twin * 4);
+  params.slope_at = reserve(kTile * params.single * 4);
+  params.sums_at = reserve(kTile * params.twin * 4);
+  params.channels_at = reserve(staged_rows(static_cast<int>(problem.rank)) * channels * 4);
+  params.dweight_at = reserve(static_cast<int>(problem.rank) * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   params.history_at = reserve(
       std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
@@ -769,10 +820,9 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   float* floats = static_cast<float*>(workspace);
   const bool is_float = problem.dtype == DType::f32;
   fill_params(params, problem, inputs, plan, floats);
-  const Strides contiguous = {problem.batch * problem.tokens() * problem.channels,
-                              problem.tokens() * problem.channels, problem.width * problem.channels, problem.channels,
-                              0};
-  const int element = params.element_size();
+  const Strides contiguous = {problem.batch * problem.tokens() * problem.channels, problem.tokens() * problem.channels,
+                              problem.width * problem.channels, problem.channels, 0};
+  const int element = params.element();
   params.dy = activation(problem, gradients.dy, contiguous, element, "dy",
                          int64_t{plan.layout.block_channels} * element, problem.channels * element);
   params.saved_states = static_cast<const float*>(gradients.states);

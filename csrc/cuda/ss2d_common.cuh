@@ -52,6 +52,7 @@ struct Params {
   bool softplus;
 
   int state_lanes, block_channels, groups;  // groups = blocks of channels
+  int lane_shift;                           // log2(state_lanes)
   int padded_states, pitch;                 // NS * state_lanes; values of a staged row [B | C | low rank]
   int chunk, chunks;                        // tokens of a chunk, chunks of the axis
 
@@ -67,8 +68,7 @@ struct Params {
   __device__ int source(int m) const { return source_of(exchange, m); }
   __device__ int pieces() const { return (tokens + int{kCheckpoint} - 1) / int{kCheckpoint}; }
   __device__ int row() const { return rank + 2 * states; }
-  __device__ int element() const { return half ? 2 : 4; }
-  int element_size() const { return half ? 2 : 4; }
+  __host__ __device__ int element() const { return half ? 2 : 4; }
 };
 
 // A 16-bit activation as float.
@@ -94,25 +94,28 @@ __device__ inline float exp2_fast(float v) {
   return r;
 }
 
+// log(1 + e^raw) = max(raw, 0) + log1p(e), e = e^-|raw|, with log1p(e) = e * P(e), P of degree 8 fitted on [0, 1] to
+// 3e-8. So the result keeps its relative accuracy for very negative raw, where the usual lg2(1 + e) has none.
+__device__ inline float softplus(float raw, float e) {
+  float p = 0.0052326247f;
+  p = fmaf(p, e, -0.02950496f);
+  p = fmaf(p, e, 0.0782255f);
+  p = fmaf(p, e, -0.13663207f);
+  p = fmaf(p, e, 0.19105989f);
+  p = fmaf(p, e, -0.24842978f);
+  p = fmaf(p, e, 0.33319095f);
+  p = fmaf(p, e, -0.49999493f);
+  p = fmaf(p, e, 1.f);
+  return fmaf(p, e, fmaxf(raw, 0.f));
+}
+__device__ inline float softplus(float raw) { return softplus(raw, exp2_fast(-fabsf(raw) * kLog2e)); }
+
 struct Step {
   float value, slope;  // softplus(raw) and its derivative
 };
-
-// log(1 + e^raw) = max(raw, 0) + log1p(e), e = e^-|raw|, with log1p(e) = 2 atanh(e / (2 + e)) as a series: e / (2 + e)
-// is at most 1/3, and the result keeps its relative accuracy for very negative raw, where the usual lg2(1 + e) has
-// none.
 __device__ inline Step softplus_step(float raw) {
-  const float e = exp2_fast(-fabsf(raw) * kLog2e);
-  const float s = __fdividef(e, 2.f + e), s2 = s * s;
-  float series = 1.f / 13.f;
-  series = fmaf(series, s2, 1.f / 11.f);
-  series = fmaf(series, s2, 1.f / 9.f);
-  series = fmaf(series, s2, 1.f / 7.f);
-  series = fmaf(series, s2, 1.f / 5.f);
-  series = fmaf(series, s2, 1.f / 3.f);
-  series = fmaf(series, s2, 1.f);
-  const float inverse = __fdividef(1.f, 1.f + e);
-  return {fmaf(2.f * s, series, fmaxf(raw, 0.f)), raw >= 0.f ? inverse : e * inverse};
+  const float e = exp2_fast(-fabsf(raw) * kLog2e), inverse = __fdividef(1.f, 1.f + e);
+  return {softplus(raw, e), raw >= 0.f ? inverse : e * inverse};
 }
 
 // Zero-order hold: bbar = (e^z - 1) / A with z = step * A, by its Taylor series where the difference would cancel.
@@ -145,10 +148,6 @@ __device__ inline float zoh_weight_slope(float step, float z, float decay, float
 struct Track {
   int m, b, k, first_d;
   bool by_columns, reversed;
-  const char* x;      // at pixel 0, first channel of the block
-  const char* low;    // proj row whose first `rank` values are this modality's
-  const char* bc;     // values of B in the proj row of the source modality
-  const char* delta;  // or null
 
   // `image` counts (modality, batch item).
   __device__ Track(const Params& p, int64_t image, int k, int group)
@@ -157,15 +156,7 @@ struct Track {
         k(k),
         first_d(group * p.block_channels),
         by_columns(p.path[k] & 1),
-        reversed(p.path[k] >= 2) {
-    const int64_t first = int64_t{first_d} * p.element();
-    x = p.x.data + m * p.x.modality + b * p.x.batch + k * p.x.path + first;
-    const char* proj = p.proj.data + b * p.proj.batch + k * p.proj.path;
-    low = proj + m * p.proj.modality;
-    bc = proj + p.source(m) * p.proj.modality + p.rank * p.element();
-    delta = p.delta.data == nullptr ? nullptr
-                                    : p.delta.data + m * p.delta.modality + b * p.delta.batch + k * p.delta.path + first;
-  }
+        reversed(p.path[k] >= 2) {}
   __device__ int64_t mk(const Params& p) const { return int64_t{m} * p.paths + k; }
   __device__ int64_t mbk(const Params& p) const { return (int64_t{m} * p.batch + b) * p.paths + k; }
   // Pixel of token q of the axis.
@@ -173,6 +164,26 @@ struct Track {
     if (!by_columns) return q;
     const int column = p.by_height.quotient(q);
     return (q - column * static_cast<int>(p.by_height.divisor)) * p.width + column;
+  }
+};
+
+// Where a track's tensors are at pixel 0. Kept in shared memory: in registers they would be spilled to local memory,
+// which is farther away.
+struct Bases {
+  const char* x;      // first channel of the block
+  const char* low;    // proj row whose first `rank` values are this modality's
+  const char* bc;     // values of B in the proj row of the source modality
+  const char* delta;  // first channel of the block; or null
+
+  __device__ Bases(const Params& p, const Track& t) {
+    const int64_t first = int64_t{t.first_d} * p.element();
+    x = p.x.data + t.m * p.x.modality + t.b * p.x.batch + t.k * p.x.path + first;
+    const char* proj = p.proj.data + t.b * p.proj.batch + t.k * p.proj.path;
+    low = proj + t.m * p.proj.modality;
+    bc = proj + p.source(t.m) * p.proj.modality + p.rank * p.element();
+    delta = p.delta.data == nullptr
+                ? nullptr
+                : p.delta.data + t.m * p.delta.modality + t.b * p.delta.batch + t.k * p.delta.path + first;
   }
 };
 
@@ -204,51 +215,63 @@ __device__ inline void add_at(float* to, const float (&v)[CH]) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]) : "memory");
 }
 
-// One of `lanes` threads' share (number `lane`) of copying `bytes` contiguous bytes to shared memory.
+template <int kBytes, int kLanes>
+__device__ inline void copy_granules(uint32_t to, const char* from, int bytes, int lane, int lanes) {
+  const int stride = kBytes * (kLanes > 0 ? kLanes : lanes);
+#pragma unroll 4
+  for (int i = lane * kBytes; i < bytes; i += stride) copy_async<kBytes>(to + i, from + i);
+}
+
+// One of `lanes` threads' share (number `lane`) of copying `bytes` contiguous bytes to shared memory. kLanes is the
+// number of threads where it is known at compile time, else 0.
+template <int kLanes>
 __device__ inline void copy_row(void* to, const char* from, int bytes, int granule, int lane, int lanes) {
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (granule == 16) {
+    copy_granules<16, kLanes>(at, from, bytes, lane, lanes);
+  } else if (granule == 8) {
+    copy_granules<8, kLanes>(at, from, bytes, lane, lanes);
+  } else if (granule == 4) {
+    copy_granules<4, kLanes>(at, from, bytes, lane, lanes);
+  } else {  // 16-bit rows that start on odd elements: cp.async cannot
 #pragma unroll 1
-  for (int i = lane * granule; i < bytes; i += lanes * granule) {
-    if (granule == 16) {
-      copy_async<16>(at + i, from + i);
-    } else if (granule == 8) {
-      copy_async<8>(at + i, from + i);
-    } else if (granule == 4) {
-      copy_async<4>(at + i, from + i);
-    } else {  // 16-bit rows that start on odd elements: cp.async cannot
+    for (int i = lane * 2; i < bytes; i += lanes * 2)
       *reinterpret_cast<uint16_t*>(static_cast<char*>(to) + i) = *reinterpret_cast<const uint16_t*>(from + i);
-    }
   }
 }
 
 // The proj row of one token into a staged row of the same element type: [B, padded | C, padded | low rank].
-template <bool kB, bool kC>
-__device__ inline void copy_proj(const Params& p, const Track& track, int pixel, char* to, int lane, int lanes) {
+template <bool kB, bool kC, int kLanes>
+__device__ inline void copy_proj(const Params& p, const Bases& bases, int pixel, char* to, int lane, int lanes) {
   const int element = p.element(), granule = p.proj.granule, bytes = p.states * element;
-  const char* bc = track.bc + int64_t{pixel} * p.proj.pixel;
-  if constexpr (kB) copy_row(to, bc, bytes, granule, lane, lanes);
-  if constexpr (kC) copy_row(to + p.padded_states * element, bc + bytes, bytes, granule, lane, lanes);
+  const char* bc = bases.bc + int64_t{pixel} * p.proj.pixel;
+  if (kB && kC && p.padded_states == p.states) {
+    copy_row<kLanes>(to, bc, 2 * bytes, granule, lane, lanes);
+  } else {
+    if constexpr (kB) copy_row<kLanes>(to, bc, bytes, granule, lane, lanes);
+    if constexpr (kC) copy_row<kLanes>(to + p.padded_states * element, bc + bytes, bytes, granule, lane, lanes);
+  }
   if (p.rank > 0)
-    copy_row(to + 2 * p.padded_states * element, track.low + int64_t{pixel} * p.proj.pixel, p.rank * element, granule,
-             lane, lanes);
+    copy_row<kLanes>(to + 2 * p.padded_states * element, bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element,
+                     granule, lane, lanes);
 }
 
 // Four staged 16-bit values as float.
 __device__ inline float4 decode_quad(const void* from, DType dtype) {
   const uint2 raw = *static_cast<const uint2*>(from);
   if (dtype == DType::bf16)
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
-                       __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
+                       __uint_as_float(raw.y & 0xffff0000u));
   const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
   const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
   return make_float4(low.x, low.y, high.x, high.y);
 }
 
 // CH neighbouring values of a staged row of activations, as float. `at` counts elements, a multiple of CH.
-template <int CH>
+template <int CH, bool kHalf>
 __device__ inline void read_activation(const Params& p, const char* row, int at, float (&v)[CH]) {
   static_assert(CH <= 2, "one load");
-  if (!p.half) {
+  if constexpr (!kHalf) {
     const float* from = reinterpret_cast<const float*>(row) + at;
     if constexpr (CH == 2) {
       const float2 pair = *reinterpret_cast<const float2*>(from);
@@ -301,35 +324,52 @@ __device__ inline void write_floats(float* to, const float (&v)[CH]) {
   }
 }
 
-// dt_weight of the block's channels into shared memory, [R, block_channels], with zeros to an even R; one of `threads`
-// threads' share.
-__device__ inline void stage_weight(const Params& p, const Track& track, float* weight, int thread, int threads) {
-  const int rows = p.rank + p.rank % 2;
+// What the steps and the skip of the block's channels need, in shared memory: rows of block_channels values.
+constexpr int kBiasRow = 0, kSkipRow = 1, kWeightRows = 2;  // dt_bias, D, and dt_weight for r = 0 .. R - 1
+inline __host__ __device__ int staged_rows(int rank) { return kWeightRows + (rank > 0 ? rank + rank % 2 : 2); }
+// Zeros for what does not exist, and to an even R, at least 2; one of `threads` threads' share.
+__device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads) {
+  const int rows = staged_rows(p.rank);
   for (int i = thread; i < rows * p.block_channels; i += threads) {
-    const int r = i / p.block_channels, c = i % p.block_channels, d = track.first_d + c;
-    weight[i] =
-        r < p.rank && d < p.channels ? p.dt_weight[(track.mk(p) * p.channels + d) * p.rank + r] : 0.f;
+    const int row = i / p.block_channels, r = row - kWeightRows, d = track.first_d + i - row * p.block_channels;
+    const int64_t mkd = track.mk(p) * p.channels + d;
+    float value = 0.f;
+    if (d < p.channels) {
+      if (row == kBiasRow && p.dt_bias != nullptr) value = p.dt_bias[mkd];
+      if (row == kSkipRow && p.d != nullptr) value = p.d[mkd];
+      if (r >= 0 && r < p.rank) value = p.dt_weight[mkd * p.rank + r];
+    }
+    to[i] = value;
   }
 }
 
-// dt_bias + low rank * dt_weight of one token, from its staged row (zeros follow the low-rank part) and the staged
-// weight at the thread's first channel.
+// The first of the staged channels' values, for a thread's channels; `channels` is at the first of them.
 template <int CH>
-__device__ inline void token_raw(const Params& p, const float* row, const float* weight, const float (&bias)[CH],
-                                 float (&raw)[CH]) {
-#pragma unroll
-  for (int c = 0; c < CH; ++c) raw[c] = bias[c];
+struct StepWeights {
+  float bias[CH], w[2][CH];
+  __device__ StepWeights(const Params& p, const float* channels) {
+    read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+    read_floats<CH>(channels + kWeightRows * p.block_channels, w[0]);
+    read_floats<CH>(channels + (kWeightRows + 1) * p.block_channels, w[1]);
+  }
+};
+
+// dt_bias + low rank * dt_weight of one token (rank > 0), from its staged row; zeros follow the low-rank part.
+template <int CH>
+__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH>& weights,
+                                 const float* channels, float (&raw)[CH]) {
   const float* low = row + 2 * p.padded_states;
+  const float2 first = *reinterpret_cast<const float2*>(low);
+#pragma unroll
+  for (int c = 0; c < CH; ++c) raw[c] = fmaf(first.y, weights.w[1][c], fmaf(first.x, weights.w[0][c], weights.bias[c]));
 #pragma unroll 1
-  for (int r = 0; r < p.rank; r += 2) {
+  for (int r = 2; r < p.rank; r += 2) {
     const float2 pair = *reinterpret_cast<const float2*>(low + r);
-    float w[CH];
-    read_floats<CH>(weight + r * p.block_channels, w);
+    float w[2][CH];
+    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
+    read_floats<CH>(channels + (kWeightRows + r + 1) * p.block_channels, w[1]);
 #pragma unroll
-    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.x, w[c], raw[c]);
-    read_floats<CH>(weight + (r + 1) * p.block_channels, w);
-#pragma unroll
-    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[c], raw[c]);
+    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[1][c], fmaf(pair.x, w[0][c], raw[c]));
   }
 }
 

@@ -10,8 +10,8 @@
 // With one chunk, phases 1 and 2 vanish. A walk along a chunk is the work of one warp alone, with shared memory of its
 // own: no block barriers. A block is two warps. Paths are taken in rounds; where an axis has paths of both senses, a
 // round is such a pair: the warps of a block walk the same chunk from its two ends and change halves in the middle,
-// behind a barrier. The first to visit a token stores its part of y, later ones add theirs with a reduction that returns
-// nothing; barriers order them, so each element of y is summed in the same order on every run.
+// behind a barrier. The first to visit a token stores its part of y, later ones add theirs with a reduction that
+// returns nothing; barriers order them, so each element of y is summed in the same order on every run.
 #include <algorithm>
 #include <vector>
 
@@ -23,7 +23,7 @@ namespace cuda {
 namespace {
 
 constexpr int kWarps = 2;
-constexpr int kMinBlocks = 8;            // a multiprocessor holds: at most 128 registers a thread
+constexpr int kMinBlocks = 6;            // a multiprocessor holds: at most 168 registers a thread
 constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile
 
 struct Round {
@@ -38,14 +38,14 @@ struct ForwardParams : Params {
   Round round[kMaxPaths];
   int rounds;
   // Shared memory of a warp, offsets in bytes. Two tiles of rows and activations are in flight.
-  int rows_at, decoded_rows_at, x_at, delta_at, token_at, skip_at, weight_at, warp_bytes;
+  int bases_at, rows_at, decoded_rows_at, x_at, delta_at, token_at, channels_at, warp_bytes;
 };
 
 // Where this thread stands.
 struct Seat {
-  int lane, c;             // lane of the channel, first channel within the block of channels
+  int lane, c;                // lane of the channel, first channel within the block of channels
   int copy_lane, copy_token;  // when copying a tile
-  char* shared;            // of this warp
+  char* shared;               // of this warp
 };
 
 // Adds v, CH neighbouring channels of which `exist` exist, to what is at `to`; or stores it there.
@@ -74,103 +74,131 @@ __device__ inline void merge(const ForwardParams& p, float* to, int exist, bool 
   }
 }
 
-// Walks tokens [from, to) of the axis along one path. h is the state, in and out. Summaries (!kOutput) also add up the
-// steps of the lane's share of the tokens. `visits_first`: nobody has written y of these tokens yet.
+struct ForwardBases : Bases {
+  float* sum;  // first channel of the block
+  __device__ ForwardBases(const ForwardParams& p, const Track& t) : Bases(p, t) {
+    sum = p.sum + (int64_t{t.m} * p.batch + t.b) * p.tokens * p.channels + t.first_d;
+  }
+};
+
+// Step and input of the thread's channels, at its share of a tile's tokens. kGeneral: with a delta of its own, or
+// without softplus.
+template <int CH, bool kZoh, bool kHalf, bool kGeneral>
+__device__ inline void prepare(const ForwardParams& p, const Seat& seat, const float* rows, const float* channels,
+                               const char* raw_x, const char* raw_delta, int first, float* tokens) {
+  const int x_bytes = p.block_channels * (kHalf ? 2 : 4);
+  const StepWeights<CH> weights(p, channels);
+#pragma unroll(kGeneral ? 1 : 4)
+  for (int t = first; t < kTile; t += p.state_lanes) {
+    float x[CH], raw[CH], token[2 * CH];
+    read_activation<CH, kHalf>(p, raw_x + t * x_bytes, seat.c, x);
+    if (!kGeneral || p.rank > 0) {
+      token_raw<CH>(p, rows + t * p.pitch, weights, channels, raw);
+    } else {
+      read_activation<CH, kHalf>(p, raw_delta + t * x_bytes, seat.c, raw);
+#pragma unroll
+      for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
+    }
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      token[c] = !kGeneral || p.softplus ? softplus(raw[c]) : raw[c];
+      token[CH + c] = kZoh ? x[c] : token[c] * x[c];
+    }
+    write_floats<2 * CH>(tokens + t * 2 * p.block_channels, token);
+  }
+}
+
+// Walks tokens [from, to) of the axis along one path. `a` and h are the thread's decays and its state, in and out.
+// Summaries (!kOutput) also add up the steps of the lane's share of the tokens. `visits_first`: nobody has written y of
+// these tokens yet.
 template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kOutput>
 __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
-                     float (&h)[CH][NS], float (&step_sum)[CH]) {
-  constexpr int kDecays = kSharedDecay ? 1 : NS, kQuad = NS < 4 ? NS : 4;
-  const int d = track.first_d + seat.c, element = p.element();
-  const int64_t mkd = track.mk(p) * p.channels + d;
-  float a[CH][kDecays], bias[CH], skip[CH];
-  load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
-#pragma unroll
-  for (int c = 0; c < CH; ++c) {
-    const bool exists = d + c < p.channels;
-    bias[c] = exists && p.dt_bias != nullptr ? p.dt_bias[mkd + c] : 0.f;
-    skip[c] = kOutput && exists && p.d != nullptr ? p.d[mkd + c] : 0.f;
-  }
-  char* const raw_rows = seat.shared + p.rows_at;
-  char* const raw_x = seat.shared + p.x_at;
-  float* const tokens = reinterpret_cast<float*>(seat.shared + p.token_at) + seat.c * 2;
-  float* const skips = reinterpret_cast<float*>(seat.shared + p.skip_at) + seat.c;
-  const float* const weight = reinterpret_cast<const float*>(seat.shared + p.weight_at) + seat.c;
-  const int row_bytes = p.pitch * element, x_bytes = p.block_channels * element;
-  const int real_x_bytes = min(p.block_channels, p.channels - track.first_d) * element;
-
-  float* const sum = p.sum + (int64_t{track.m} * p.batch + track.b) * p.tokens * p.channels + d;
-
+                     const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
+  constexpr int kQuad = NS < 4 ? NS : 4;
+  const int element = p.element(), row_bytes = p.pitch * element, x_bytes = p.block_channels * element;
   const int tiles = (to - from + kTile - 1) / kTile;
+  const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   auto first_token = [&](int tile) { return from + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
   // Starts the copies of a tile; returns the pixel of this lane's token. Past the end: the last token once more.
   auto issue = [&](int tile) {
     const int lane = opaque(seat.copy_lane);
+    const int real_bytes = min(p.block_channels, p.channels - track.first_d) * element;
     const int pixel = track.pixel(p, min(first_token(tile) + seat.copy_token, to - 1));
     const int slot = (tile & 1) * kTile + seat.copy_token;
-    copy_proj<true, kOutput>(p, track, pixel, raw_rows + slot * row_bytes, lane, kTokenLanes);
-    copy_row(raw_x + slot * x_bytes, track.x + int64_t{pixel} * p.x.pixel, real_x_bytes, p.x.granule, lane,
-             kTokenLanes);
+    copy_proj<true, kOutput, kTokenLanes>(p, bases, pixel, seat.shared + p.rows_at + slot * row_bytes, lane,
+                                          kTokenLanes);
+    copy_row<kTokenLanes>(seat.shared + p.x_at + slot * x_bytes, bases.x + int64_t{pixel} * p.x.pixel, real_bytes,
+                          p.x.granule, lane, kTokenLanes);
     if (p.rank == 0)
-      copy_row(seat.shared + p.delta_at + slot * x_bytes, track.delta + int64_t{pixel} * p.delta.pixel, real_x_bytes,
-               p.delta.granule, lane, kTokenLanes);
+      copy_row<kTokenLanes>(seat.shared + p.delta_at + slot * x_bytes, bases.delta + int64_t{pixel} * p.delta.pixel,
+                            real_bytes, p.delta.granule, lane, kTokenLanes);
     copies_commit();
     return pixel;
   };
 
-  int next_pixel = issue(0);
-  for (int tile = 0; tile < tiles; ++tile) {
+  int next_pixel = 0;
+#pragma unroll 1
+  for (int tile = -1; tile < tiles; ++tile) {
     const int q0 = first_token(tile), buffer = (tile & 1) * kTile, pixel = next_pixel;
     copies_wait();
     __syncwarp();
-    const float* rows = reinterpret_cast<const float*>(raw_rows + buffer * row_bytes);
+    if (tile + 1 < tiles) next_pixel = issue(tile + 1);  // into the buffer that everyone has left
+    if (tile < 0) continue;
+    const float* rows = reinterpret_cast<const float*>(seat.shared + p.rows_at + buffer * row_bytes);
     if (p.half) {
       float* decoded = reinterpret_cast<float*>(seat.shared + p.decoded_rows_at);
       for (int i = seat.copy_lane * 4; i < p.pitch; i += kTokenLanes * 4)
         *reinterpret_cast<float4*>(decoded + seat.copy_token * p.pitch + i) =
-            decode_quad(raw_rows + (buffer + seat.copy_token) * row_bytes + i * 2, p.dtype);
+            decode_quad(seat.shared + p.rows_at + (buffer + seat.copy_token) * row_bytes + i * 2, p.dtype);
       rows = decoded;
       __syncwarp();
     }
-    if (tile + 1 < tiles) next_pixel = issue(tile + 1);
 
-    // Step and input of the lane's channels at its share of the tokens.
+    const char* const raw_x = seat.shared + p.x_at + buffer * x_bytes;
+    float* const tokens = reinterpret_cast<float*>(seat.shared + p.token_at) + seat.c * 2;
+    const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
     const int first = opaque(seat.lane);
-#pragma unroll 2
-    for (int t = first; t < kTile; t += p.state_lanes) {
-      float x[CH], raw[CH], token[2 * CH];
-      read_activation<CH>(p, raw_x + (buffer + t) * x_bytes, seat.c, x);
-      token_raw<CH>(p, rows + t * p.pitch, weight, bias, raw);
-      if (p.rank == 0) {
-        float delta[CH];
-        read_activation<CH>(p, seat.shared + p.delta_at + (buffer + t) * x_bytes, seat.c, delta);
-#pragma unroll
-        for (int c = 0; c < CH; ++c) raw[c] += delta[c];
+    if (p.rank > 0 && p.softplus) {
+      if (p.half) {
+        prepare<CH, kZoh, true, false>(p, seat, rows, channels, raw_x, nullptr, first, tokens);
+      } else {
+        prepare<CH, kZoh, false, false>(p, seat, rows, channels, raw_x, nullptr, first, tokens);
       }
-#pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        const float step = p.softplus ? softplus_step(raw[c]).value : raw[c];
-        // A token past the end must leave the state alone: step 0 means decay 1, and nothing is added.
-        const bool valid = q0 + t < to;
-        token[c] = valid ? step : 0.f;
-        token[CH + c] = valid ? (kZoh ? x[c] : step * x[c]) : 0.f;
-        if constexpr (!kOutput) step_sum[c] += token[c];
-        x[c] *= skip[c];
+    } else {
+      const char* const raw_delta = seat.shared + p.delta_at + buffer * x_bytes;
+      if (p.half) {
+        prepare<CH, kZoh, true, true>(p, seat, rows, channels, raw_x, raw_delta, first, tokens);
+      } else {
+        prepare<CH, kZoh, false, true>(p, seat, rows, channels, raw_x, raw_delta, first, tokens);
       }
-      write_floats<2 * CH>(tokens + t * 2 * p.block_channels, token);
-      if constexpr (kOutput) write_floats<CH>(skips + t * p.block_channels, x);
+    }
+    if (q0 + kTile > to) {
+      // A token past the end must leave the state alone: step 0 means decay 1, and nothing is added.
+      for (int t = first; t < kTile; t += p.state_lanes) {
+        const float nothing[2 * CH] = {};
+        if (q0 + t >= to) write_floats<2 * CH>(tokens + t * 2 * p.block_channels, nothing);
+      }
+    }
+    if constexpr (!kOutput) {
+      for (int t = first; t < kTile; t += p.state_lanes)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step_sum[c] += tokens[t * 2 * p.block_channels + c];
     }
     __syncwarp();
 
+    const int d = track.first_d + seat.c;
     if constexpr (kOutput) {
-      const bool enters_piece = track.reversed
-                                    ? (q0 + kTile) % int{kCheckpoint} == 0 || q0 + kTile >= p.tokens
-                                    : q0 % int{kCheckpoint} == 0;
+      const bool enters_piece =
+          track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0 || q0 + kTile >= p.tokens : q0 % int{kCheckpoint} == 0;
       if (p.saved_states != nullptr && enters_piece) {
         const int64_t piece = track.mbk(p) * p.pieces() + q0 / int{kCheckpoint};
         store_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, d, seat.lane, h);
       }
     }
 
+    float* const sum = kOutput ? bases.sum + seat.c : nullptr;
+    float skip[CH] = {};
+    if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll 2
     for (int i = 0; i < kTile; ++i) {
       const int t = track.reversed ? kTile - 1 - i : i;
@@ -203,13 +231,17 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
         }
       }
       if constexpr (kOutput) {
-        float y[CH], skipped[CH];
-        read_floats<CH>(skips + t * p.block_channels, skipped);
+        float y[CH], x[CH];
+        if (p.half) {
+          read_activation<CH, true>(p, raw_x + t * x_bytes, seat.c, x);
+        } else {
+          read_activation<CH, false>(p, raw_x + t * x_bytes, seat.c, x);
+        }
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           y[c] = partial[c][0] + partial[c][1];
           for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
-          y[c] += skipped[c];
+          y[c] = fmaf(skip[c], x[c], y[c]);
         }
         const int64_t at = int64_t{__shfl_sync(0xffffffffu, pixel, t * kTokenLanes)} * p.channels;
         if (seat.lane == 0 && q0 + t < to) merge<CH>(p, sum + at, p.channels - d, visits_first, y);
@@ -224,7 +256,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
   const int warp = threadIdx.x / 32, in_warp = threadIdx.x % 32;
-  const Seat seat = {in_warp % p.state_lanes, in_warp / p.state_lanes * CH, in_warp % kTokenLanes,
+  const Seat seat = {in_warp & (p.state_lanes - 1), (in_warp >> p.lane_shift) * CH, in_warp % kTokenLanes,
                      in_warp / kTokenLanes, reinterpret_cast<char*>(shared_base) + warp * p.warp_bytes};
   const int64_t plane = int64_t{p.states} * p.channels;
   const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.chunks;
@@ -236,9 +268,10 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   auto track_of = [&](int64_t task, int path) {
     const int64_t sequence = task / p.chunks;
     const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
-    __syncwarp();  // nobody reads the weight of the walk before
-    float* weight = reinterpret_cast<float*>(seat.shared + p.weight_at);
-    stage_weight(p, track, weight, in_warp, 32);
+    __syncwarp();  // nobody reads what the walk before needed
+    stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32);
+    if (in_warp == 0) *reinterpret_cast<ForwardBases*>(seat.shared + p.bases_at) = ForwardBases(p, track);
+    __syncwarp();
     return track;
   };
 
@@ -247,10 +280,12 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
          item += int64_t{gridDim.x} * kWarps) {
       const Track track = track_of(item / p.paths, static_cast<int>(item % p.paths));
       const int chunk = static_cast<int>(item / p.paths % p.chunks), begin = chunk * p.chunk;
-      float h[CH][NS] = {}, step_sum[CH] = {};
-      walk<NS, CH, kSharedDecay, kZoh, false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false, h, step_sum);
-      const int64_t at = track.mbk(p) * p.chunks + chunk;
       const int d = track.first_d + seat.c;
+      float a[CH][kSharedDecay ? 1 : NS], h[CH][NS] = {}, step_sum[CH] = {};
+      load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
+      walk<NS, CH, kSharedDecay, kZoh, false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false, a, h,
+                                              step_sum);
+      const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, h);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
@@ -259,7 +294,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       }
     }
     grid.sync();
-    prefix_chunks<kSharedDecay>(p, false, reinterpret_cast<float2*>(shared_base));
+    prefix_chunks<kSharedDecay>(
+        p, false, reinterpret_cast<float2*>(reinterpret_cast<char*>(shared_base) + kWarps * p.warp_bytes));
     grid.sync();
   }
 
@@ -277,7 +313,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
       const int middle = min(begin + (end - begin + 2 * kTile - 1) / (2 * kTile) * kTile, end);
       const int d = track.first_d + seat.c;
-      float h[CH][NS] = {}, unused[CH];
+      float a[CH][kSharedDecay ? 1 : NS], h[CH][NS] = {}, unused[CH];
+      load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
       if (works && p.chunks > 1)
         load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, d, seat.lane, h);
 #pragma unroll 1
@@ -285,7 +322,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
         const bool upper = (part == 1) != track.reversed;
         const int from = upper ? middle : begin, to = upper ? end : middle;
         if (works && from < to)
-          walk<NS, CH, kSharedDecay, kZoh, true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair), h, unused);
+          walk<NS, CH, kSharedDecay, kZoh, true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair), a, h,
+                                                 unused);
         __syncthreads();  // the other warp's half is written
       }
       const bool final_chunk = chunk == (track.reversed ? 0 : p.chunks - 1);
@@ -371,20 +409,20 @@ void lay_out(const SS2DProblem& problem, const Layout& layout, ForwardParams& pa
     bytes += (count + 15) / 16 * 16;
     return at;
   };
+  params.bases_at = reserve(sizeof(ForwardBases));
   params.rows_at = reserve(2 * kTile * layout.pitch * element);
   params.decoded_rows_at = element == 2 ? reserve(kTile * layout.pitch * 4) : 0;
   params.x_at = reserve(2 * kTile * layout.block_channels * element);
   params.delta_at = problem.rank == 0 ? reserve(2 * kTile * layout.block_channels * element) : 0;
   params.token_at = reserve(kTile * layout.block_channels * 8);
-  params.skip_at = reserve(kTile * layout.block_channels * 4);
-  params.weight_at = reserve(static_cast<int>(problem.rank + problem.rank % 2) * layout.block_channels * 4);
+  params.channels_at = reserve(staged_rows(static_cast<int>(problem.rank)) * layout.block_channels * 4);
   params.warp_bytes = bytes;
 }
 
 Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
   Layout layout = layout_of(problem);
   lay_out(problem, layout, params);
-  layout.shared_bytes = size_t(params.warp_bytes) * kWarps;
+  layout.shared_bytes = size_t(params.warp_bytes) * kWarps + layout.threads * sizeof(float2);  // for prefix_chunks
   const Share share = {layout.states_per_thread, layout.channels_per_thread};
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel_of(problem, share)), layout);
   params.rounds = 0;

@@ -62,7 +62,8 @@ struct SS2DProblem {
   int64_t source(int64_t m) const { return source_of(exchange, static_cast<int>(m)); }
 };
 
-// Strides in elements; the innermost (channel) stride is 1. `path` is 0 where all paths share the same tokens.
+// Strides in elements; the innermost (channel) stride is 1. On a GPU the pixels of an image are equally spaced: row =
+// width * column. `path` is 0 where all paths share the same tokens.
 struct Strides {
   int64_t modality, batch, row, column, path;
 };
