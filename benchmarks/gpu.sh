@@ -31,7 +31,7 @@ for name in $steps; do
       done
       unset DIFFMF_EXAMPLES PYTORCH_NO_CUDA_MEMORY_CACHING
       ;;
-    bench) step bench python3 benchmarks/bench_ss2d.py --output "$out" ;;
+    bench) step bench python3 -m diffmf_model bench --output "$out" ;;
     *) echo "unknown step $name; expected build, test, sanitize or bench" && exit 2 ;;
   esac
 done

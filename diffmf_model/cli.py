@@ -12,6 +12,7 @@ COMMANDS = {
     "fuse": ("fuse", "fuse infrared-visible pairs"),
     "train": ("train", "train the network"),
     "evaluate": ("evaluate", "score fused images, the model's and others', in one table"),
+    "bench": ("bench", "time the operators"),
     "info": ("info", "show versions, backends and devices"),
     "flops": ("flops", "count operations, beside the paper's Table VII"),
     "features": ("features", "draw the network's feature maps"),

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def milliseconds(function, device: str, *, repeats: int = 20, warmup: int = 3) -> dict[str, float]:
     """Median, minimum and maximum over `repeats` calls, in ms.
@@ -69,7 +67,7 @@ def environment(device: str) -> dict:
 def _git(*arguments: str) -> str | None:
     try:
         return subprocess.run(
-            ["git", "-C", str(RESULTS.parent), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None  # a copy without its history
@@ -81,7 +79,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_results(name: str, device: str, rows: list[dict], folder: Path = RESULTS) -> Path:
+def write_results(name: str, device: str, rows: list[dict], folder: Path) -> Path:
     """Writes rows with the environment to `folder`/NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

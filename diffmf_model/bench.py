@@ -1,4 +1,4 @@
-"""Times ss2d with its projection GEMM, from x to the merged y: `python benchmarks/bench_ss2d.py --help`."""
+"""`diffmf bench`: times ss2d with its projection GEMM, from x to the merged y."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timing import RESULTS, milliseconds, peak_extra_mib, write_results
 
 from diffmf_ops import reference, ss2d
+
+from .checkpoint import select_device
+from .errors import UserError
+from .timing import milliseconds, peak_extra_mib, write_results
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,18 @@ class Case:
 
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = {
-    "cpu": [Case(1, 64, 64, 64, 16, 2)],
-    "cuda": [
-        Case(1, 64, 512, 512, 16, 2, F32),
-        Case(1, 64, 512, 512, 16, 2, BF16),
-        Case(1, 64, 512, 512, 16, 2, F32, shared_decay=True),
-        Case(1, 64, 768, 1024, 16, 2, F32),
-        Case(4, 64, 128, 128, 16, 2, F32),
-        Case(4, 64, 128, 128, 16, 2, BF16),
-        Case(4, 64, 256, 256, 16, 2, F32),
-        Case(64, 192, 56, 56, 1, 6, F32),
-        Case(64, 192, 56, 56, 1, 6, BF16),
-    ],
+    "tiny": Case(1, 64, 64, 64, 16, 2),
+    "paper": Case(1, 64, 512, 512, 16, 2),
+    "paper-bf16": Case(1, 64, 512, 512, 16, 2, BF16),
+    "paper-scalar-a": Case(1, 64, 512, 512, 16, 2, shared_decay=True),
+    "m3fd": Case(1, 64, 768, 1024, 16, 2),
+    "crops": Case(4, 64, 128, 128, 16, 2),
+    "crops-bf16": Case(4, 64, 128, 128, 16, 2, BF16),
+    "batch4": Case(4, 64, 256, 256, 16, 2),
+    "vmamba": Case(64, 192, 56, 56, 1, 6),
+    "vmamba-bf16": Case(64, 192, 56, 56, 1, 6, BF16),
 }
+DEFAULTS = {"cpu": ["tiny"], "cuda": [name for name in CASES if name != "tiny"]}
 
 
 def make_inputs(case: Case, device: str):
@@ -97,25 +99,32 @@ def measure(case: Case, device: str, with_reference: bool) -> dict:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = "; ".join(f"{name}: {case}" for name, case in CASES.items())
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"B×D×H×W, states N, rank R; {names}")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--reference", action="store_true", help="also time the PyTorch reference (slow)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write the numbers to DIR/ss2d_{cpu,cuda}.json")
+
+
+def run(args: argparse.Namespace) -> int:
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown:
+        raise UserError(f"case {unknown[0]!r}: expected one of {', '.join(CASES)}")
+    device = select_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     rows = []
     print(f"{'case':40} {'kernel':>9} {'forward':>9} {'fwd+bwd':>9}  ms, median; extra MiB")
-    for case in CASES[arguments.device]:
-        row = measure(case, arguments.device, arguments.reference)
+    for name in args.cases or DEFAULTS[device.type]:
+        row = measure(CASES[name], device.type, args.reference)
         rows.append(row)
         times = " ".join(f"{row[key]['median']:9.3f}" for key in ("kernel", "forward", "forward and backward"))
         extra = "/".join(f"{v:.0f}" for v in row.get("extra MiB", {}).values())
-        print(f"{row['case']:40} {times}  {extra}")
+        print(f"{row['case']:40} {times}  {extra}", flush=True)
         for key, time in row.get("reference", {}).items():
             ratio = time["median"] / row[key]["median"]
-            print(f"    reference {key}: {time['median']:.1f} ms, {ratio:.0f} times as long")
-    print(f"written: {write_results(f'ss2d_{arguments.device}', arguments.device, rows, arguments.output)}")
-
-
-if __name__ == "__main__":
-    main()
+            print(f"    reference {key}: {time['median']:.1f} ms, {ratio:.0f} times as long", flush=True)
+    if args.output is not None:
+        print(f"written: {write_results(f'ss2d_{device.type}', device.type, rows, args.output)}")
+    return 0
