@@ -28,9 +28,18 @@ struct Layout {
   size_t shared_bytes;
 
   void finish(const SS2DProblem& problem) {
-    padded_states = states_per_thread * state_lanes;
-    pitch = static_cast<int>(ceil_div(2 * ceil_div(padded_states, 4) * 4 + problem.rank, 8) * 8);
-    padded_states = static_cast<int>(ceil_div(padded_states, 4) * 4);
+    padded_states = static_cast<int>(ceil_div(states_per_thread * state_lanes, 4) * 4);
+    pitch = static_cast<int>(ceil_div(2 * padded_states + problem.rank, 8) * 8);
+  }
+};
+
+// Shared memory, handed out in pieces that start on 16 bytes.
+struct SharedBytes {
+  int count = 0;
+  int reserve(int bytes) {
+    const int at = count;
+    count += static_cast<int>(ceil_div(bytes, 16) * 16);
+    return at;
   }
 };
 

@@ -52,13 +52,6 @@ struct BackwardParams : Params {
   int copy_lanes;  // threads that copy one token of a tile
 };
 
-// Where this thread stands.
-struct Seat {
-  int lane, c;                // lane of the channel, first channel within the block of channels
-  int copy_lane, copy_token;  // when copying a tile
-  char* shared;
-};
-
 // What a walk of one block along one path keeps at hand, in shared memory.
 struct Walk {
   Track track;
@@ -755,29 +748,24 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   params.single = channels + 8;
   params.twin = 2 * channels + 8;
   const int raw_bytes = 2 * kTile * params.single * element;
-  int bytes = 0;
-  auto reserve = [&](int count) {
-    const int at = bytes;
-    bytes += (count + 15) / 16 * 16;
-    return at;
-  };
-  params.walk_at = reserve(sizeof(Walk));
-  params.rows_at = reserve(2 * kTile * layout.pitch * element);
-  params.decoded_rows_at = element == 2 ? reserve(kTile * layout.pitch * 4) : 0;
-  params.x_at = reserve(raw_bytes);
-  params.dy_at = reserve(raw_bytes);
-  params.decoded_at = element == 2 ? reserve(2 * kTile * params.single * 4) : 0;
-  params.delta_at = problem.rank == 0 ? reserve(raw_bytes) : 0;
-  params.token_at = reserve(kTile * params.twin * 4);
-  params.slope_at = reserve(kTile * params.single * 4);
-  params.sums_at = reserve(kTile * params.twin * 4);
-  params.channels_at = reserve(staged_rows(static_cast<int>(problem.rank)) * channels * 4);
-  params.dweight_at = reserve(static_cast<int>(problem.rank) * layout.threads * layout.channels_per_thread * 4);
-  params.warp_sums_at = reserve(layout.threads / 32 * kTile * layout.pitch * 4);
-  params.history_at = reserve(
+  SharedBytes shared;
+  params.walk_at = shared.reserve(sizeof(Walk));
+  params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
+  params.decoded_rows_at = element == 2 ? shared.reserve(kTile * layout.pitch * 4) : 0;
+  params.x_at = shared.reserve(raw_bytes);
+  params.dy_at = shared.reserve(raw_bytes);
+  params.decoded_at = element == 2 ? shared.reserve(2 * kTile * params.single * 4) : 0;
+  params.delta_at = problem.rank == 0 ? shared.reserve(raw_bytes) : 0;
+  params.token_at = shared.reserve(kTile * params.twin * 4);
+  params.slope_at = shared.reserve(kTile * params.single * 4);
+  params.sums_at = shared.reserve(kTile * params.twin * 4);
+  params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * channels * 4);
+  params.dweight_at = shared.reserve(static_cast<int>(problem.rank) * layout.threads * layout.channels_per_thread * 4);
+  params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
+  params.history_at = shared.reserve(
       std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
   params.copy_lanes = layout.threads / kTile;
-  layout.shared_bytes = static_cast<size_t>(bytes);
+  layout.shared_bytes = static_cast<size_t>(shared.count);
 }
 
 bool shares_source(const SS2DProblem& problem) {

@@ -167,6 +167,13 @@ struct Track {
   }
 };
 
+// Where a thread stands.
+struct Seat {
+  int lane, c;                // lane of the channel, first channel within the block of channels
+  int copy_lane, copy_token;  // when copying a tile
+  char* shared;               // of its warp in the forward kernel, of its block in the backward one
+};
+
 // Where a track's tensors are at pixel 0. Kept in shared memory: in registers they would be spilled to local memory,
 // which is farther away.
 struct Bases {
@@ -425,8 +432,8 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* sc
   constexpr int kBatch = 8;
   const int64_t plane = int64_t{p.states} * p.channels;
   const int64_t sequences = int64_t{p.modalities} * p.batch * p.paths * plane;
-  // As many runs as keep every thread of the grid busy, none shorter than a batch, and four neighbouring sequences a
-  // block at least.
+  // As many runs as keep every thread of the grid busy, none shorter than a batch, and eight neighbouring sequences
+  // a block at least.
   int segments = 1;
   while (segments * 8 <= static_cast<int>(blockDim.x) && segments * kBatch < p.chunks &&
          sequences * segments < int64_t{gridDim.x} * blockDim.x)

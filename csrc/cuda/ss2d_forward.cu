@@ -41,13 +41,6 @@ struct ForwardParams : Params {
   int bases_at, rows_at, decoded_rows_at, x_at, delta_at, token_at, channels_at, warp_bytes;
 };
 
-// Where this thread stands.
-struct Seat {
-  int lane, c;                // lane of the channel, first channel within the block of channels
-  int copy_lane, copy_token;  // when copying a tile
-  char* shared;               // of this warp
-};
-
 // Adds v, CH neighbouring channels of which `exist` exist, to what is at `to`; or stores it there.
 template <int CH>
 __device__ inline void merge(const ForwardParams& p, float* to, int exist, bool store, const float (&v)[CH]) {
@@ -403,20 +396,15 @@ Layout layout_of(const SS2DProblem& problem) {
 // Shared memory of a warp.
 void lay_out(const SS2DProblem& problem, const Layout& layout, ForwardParams& params) {
   const int element = problem.dtype == DType::f32 ? 4 : 2;
-  int bytes = 0;
-  auto reserve = [&](int count) {
-    const int at = bytes;
-    bytes += (count + 15) / 16 * 16;
-    return at;
-  };
-  params.bases_at = reserve(sizeof(ForwardBases));
-  params.rows_at = reserve(2 * kTile * layout.pitch * element);
-  params.decoded_rows_at = element == 2 ? reserve(kTile * layout.pitch * 4) : 0;
-  params.x_at = reserve(2 * kTile * layout.block_channels * element);
-  params.delta_at = problem.rank == 0 ? reserve(2 * kTile * layout.block_channels * element) : 0;
-  params.token_at = reserve(kTile * layout.block_channels * 8);
-  params.channels_at = reserve(staged_rows(static_cast<int>(problem.rank)) * layout.block_channels * 4);
-  params.warp_bytes = bytes;
+  SharedBytes shared;
+  params.bases_at = shared.reserve(sizeof(ForwardBases));
+  params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
+  params.decoded_rows_at = element == 2 ? shared.reserve(kTile * layout.pitch * 4) : 0;
+  params.x_at = shared.reserve(2 * kTile * layout.block_channels * element);
+  params.delta_at = problem.rank == 0 ? shared.reserve(2 * kTile * layout.block_channels * element) : 0;
+  params.token_at = shared.reserve(kTile * layout.block_channels * 8);
+  params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * layout.block_channels * 4);
+  params.warp_bytes = shared.count;
 }
 
 Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
