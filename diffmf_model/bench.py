@@ -10,7 +10,7 @@ import torch
 
 from diffmf_ops import reference, ss2d
 
-from .checkpoint import select_device
+from .checkpoint import add_device_argument, select_device
 from .errors import UserError
 from .timing import milliseconds, peak_extra_mib, write_results
 
@@ -102,7 +102,7 @@ def measure(case: Case, device: str, with_reference: bool) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = "; ".join(f"{name}: {case}" for name, case in CASES.items())
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"B×D×H×W, states N, rank R; {names}")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument("--reference", action="store_true", help="also time the PyTorch reference (slow)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write the numbers to DIR/ss2d_{cpu,cuda}.json")
 

@@ -6,6 +6,7 @@ optimizer, the averaged weights and the position in the run, so that one file is
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ from .network import DIFFMF
 BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "diffmf.safetensors"
 MODEL_KIND, STATE_KIND = "diffmf model", "diffmf training state"
 METADATA = "diffmf"  # one entry, since safetensors writes several in any order
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares --device, for `select_device`."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares --weights, for `load_model`."""
+    parser.add_argument("--weights", metavar="W", help="model file (default: the weights that the package carries)")
 
 
 def select_device(name: str | None = None) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .checkpoint import load_model, select_device
+from .checkpoint import add_device_argument, add_weights_argument, load_model, select_device
 from .data import PairDataset, check_same_size, listed, read_names
 from .errors import UserError
 from .fuse import fuse_luma, recolour
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="default: %(default)s")
     parser.add_argument("--stretch", action="store_true", help="min-max stretch fused images first (inflates SD)")
-    parser.add_argument("--weights", metavar="W", help="model file (default: the weights that the package carries)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_weights_argument(parser)
+    add_device_argument(parser)
     parser.add_argument("--output", metavar="DIR", help="write metrics.md, metrics.csv and metrics.json here")
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .checkpoint import load_model, select_device
+from .checkpoint import add_device_argument, add_weights_argument, load_model, select_device
 from .data import check_same_size
 from .errors import UserError
 from .extraction import difference
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ir", metavar="IR", help="infrared image")
     parser.add_argument("vi", metavar="VI", help="visible image")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures")
-    parser.add_argument("--weights", metavar="FILE", help="model file (default: the bundled weights)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_weights_argument(parser)
+    add_device_argument(parser)
     parser.add_argument("--colormap", default="viridis", help="matplotlib colour map (default: %(default)s)")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import load_model, select_device
+from .checkpoint import add_device_argument, add_weights_argument, load_model, select_device
 from .data import Pair, check_same_size, listed, match_folders
 from .errors import UserError
 from .images import is_colour, luma, make_folder, read_image, rgb_to_ycbcr, write_png, ycbcr_to_rgb
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ir", nargs="?", metavar="IR", help="infrared image or folder (default: the bundled pair)")
     parser.add_argument("vi", nargs="?", metavar="VI", help="visible image or folder, its names matching IR's")
     parser.add_argument("--output", metavar="OUT", help="PNG file or folder to write (default: fused.png or fused/)")
-    parser.add_argument("--weights", metavar="W", help="model file (default: the weights that the package carries)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_weights_argument(parser)
+    add_device_argument(parser)
     parser.add_argument("--grey", action="store_true", help="write grey images also where the visible one has colour")
 
 

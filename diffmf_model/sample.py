@@ -125,9 +125,10 @@ def burning(c: Canvas) -> None:
 def junction(c: AerialCanvas) -> None:
     """A late afternoon from above: driven and parked cars, the cold places that cars have left, people in the shade."""
     aerial.lawn(c)
-    for road in (((-60, -6), (60, -6), 8.0), ((12, -2), (12, 60), 6.4)):
+    roads = [((-60, -6), (60, -6), 8.0), ((12, -2), (12, 60), 6.4)]
+    for road in roads:
         aerial.pavement(c, *road)
-    for road in (((-60, -6), (60, -6), 8.0), ((12, -2), (12, 60), 6.4)):
+    for road in roads:
         aerial.road(c, *road)
     aerial.path(c, [(-34, -19), (-20, -16), (-6, -18.5), (8, -15.5), (14, -10.5)], 1.7)
     aerial.car_park(c, (17.0, 1.2), (33.0, 14.8), bays=range(5))
@@ -176,10 +177,11 @@ def junction(c: AerialCanvas) -> None:
 
 SCENES = {
     "street": (Canvas, street),
-    "night": (partial(Canvas, grain=0.010), night),
+    "night": (Canvas, night),
     "smoke": (partial(Canvas, grain=0.005), burning),
     "aerial": (partial(AerialCanvas, heading=-0.16), junction),
 }
+GALLERY = tuple(name for name in SCENES if name != "street")  # what docs/gallery.py shows beside the bundled pair
 
 
 def write_sample(folder: Path) -> None:

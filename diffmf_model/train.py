@@ -27,7 +27,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from .checkpoint import read_training_state, restore_training_state, save_model, save_training_state, select_device
+from .checkpoint import (
+    add_device_argument,
+    read_training_state,
+    restore_training_state,
+    save_model,
+    save_training_state,
+    select_device,
+)
 from .config import Config, TrainConfig, load_config, to_dict, updated
 from .data import PairDataset, RandomCrops
 from .errors import UserError
@@ -41,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="ROOT", help="data set with ir/, vi/ and optionally splits/")
     parser.add_argument("--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene")
     parser.add_argument("--output", default="runs/diffmf", metavar="DIR", help="run folder (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in the run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as train.epochs=10")
 

@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from diffmf_model.checkpoint import BUNDLED_WEIGHTS, load_model, select_device
 from diffmf_model.fuse import fuse_images
 from diffmf_model.images import write_png
-from diffmf_model.sample import render
+from diffmf_model.sample import GALLERY, render
 
 FOLDER = Path(__file__).parent / "gallery"
-SCENES = ("night", "smoke", "aerial")
 WEIGHTS = {  # suffix of the picture's name: caption, file
     "fused": ("fused", BUNDLED_WEIGHTS),
     "fused-s": ("fused, small", BUNDLED_WEIGHTS.with_name("diffmf-s.safetensors")),
@@ -54,4 +53,4 @@ def strip(panels: dict[str, Path]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(SCENES))
+    main(sys.argv[1:] or list(GALLERY))
