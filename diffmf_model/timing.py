@@ -65,10 +65,10 @@ def environment(device: str) -> dict:
 
 
 def _git(*arguments: str) -> str | None:
+    checkout = Path(__file__).parents[1]  # an installed copy must not name the repository that happens to be around it
+    command = ["git", "-C", str(checkout), f"--git-dir={checkout / '.git'}", *arguments]
     try:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None  # a copy without its history
 
