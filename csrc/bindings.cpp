@@ -6,6 +6,8 @@
 #include <string>
 
 #include "diffmf/cross_scan.h"
+#include "diffmf/depthwise_conv_silu.h"
+#include "diffmf/norm_gate.h"
 #include "diffmf/ss2d.h"
 
 namespace py = pybind11;
@@ -54,6 +56,24 @@ SS2DGradients make_gradients(uintptr_t dy, uintptr_t states, bool x_per_path, ui
           pointer(ddelta), pointer(ddt_weight), pointer(ddt_bias), pointer(da), pointer(dd)};
 }
 
+DepthwiseConvInputs make_conv_inputs(uintptr_t x, const StrideList& x_strides, uintptr_t weight, uintptr_t bias) {
+  return {pointer(x), strides(x_strides), pointer(weight), pointer(bias)};
+}
+
+DepthwiseConvGradients make_conv_gradients(uintptr_t dy, uintptr_t dx, uintptr_t dweight, uintptr_t dbias) {
+  return {pointer(dy), pointer(dx), pointer(dweight), pointer(dbias)};
+}
+
+NormGateInputs make_norm_inputs(uintptr_t y, const std::array<int64_t, 2>& y_strides, uintptr_t z,
+                                const std::array<int64_t, 2>& z_strides, uintptr_t weight, uintptr_t bias) {
+  return {pointer(y),   {y_strides[0], y_strides[1]}, pointer(z), {z_strides[0], z_strides[1]}, pointer(weight),
+          pointer(bias)};
+}
+
+NormGateGradients make_norm_gradients(uintptr_t dout, uintptr_t dy, uintptr_t dz, uintptr_t dweight, uintptr_t dbias) {
+  return {pointer(dout), pointer(dy), pointer(dz), pointer(dweight), pointer(dbias)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -82,6 +102,22 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<CrossScanProblem>(m, "CrossScanProblem").def(py::init(&make_shape), py::arg("sizes"), py::arg("paths"));
 
+  py::class_<DepthwiseConvProblem>(m, "DepthwiseConvProblem")
+      .def(py::init([](DType dtype, const std::array<int64_t, 5>& sizes, int kernel_size) {
+             return DepthwiseConvProblem{dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], kernel_size};
+           }),
+           py::arg("dtype"), py::arg("sizes"), py::arg("kernel_size"));
+  py::class_<DepthwiseConvInputs>(m, "DepthwiseConvInputs").def(py::init(&make_conv_inputs));
+  py::class_<DepthwiseConvGradients>(m, "DepthwiseConvGradients").def(py::init(&make_conv_gradients));
+
+  py::class_<NormGateProblem>(m, "NormGateProblem")
+      .def(py::init([](DType dtype, const std::array<int64_t, 3>& sizes, double eps) {
+             return NormGateProblem{dtype, sizes[0], sizes[1], sizes[2], eps};
+           }),
+           py::arg("dtype"), py::arg("sizes"), py::arg("eps"));
+  py::class_<NormGateInputs>(m, "NormGateInputs").def(py::init(&make_norm_inputs));
+  py::class_<NormGateGradients>(m, "NormGateGradients").def(py::init(&make_norm_gradients));
+
   using no_gil_t = py::call_guard<py::gil_scoped_release>;
   const no_gil_t no_gil;
   m.def("ss2d_forward_cpu", &cpu::ss2d_forward, no_gil);
@@ -99,6 +135,22 @@ PYBIND11_MODULE(_C, m) {
         cpu::cross_merge(shape, dtype, pointer(y), pointer(x), threads);
       },
       no_gil);
+  m.def(
+      "depthwise_conv_silu_forward_cpu",
+      [](const DepthwiseConvProblem& problem, const DepthwiseConvInputs& inputs, uintptr_t y, int threads) {
+        cpu::depthwise_conv_silu_forward(problem, inputs, pointer(y), threads);
+      },
+      no_gil);
+  m.def("depthwise_conv_silu_backward_parts_cpu", &cpu::depthwise_conv_silu_backward_parts);
+  m.def("depthwise_conv_silu_backward_cpu", &cpu::depthwise_conv_silu_backward, no_gil);
+  m.def(
+      "norm_gate_forward_cpu",
+      [](const NormGateProblem& problem, const NormGateInputs& inputs, uintptr_t out, int threads) {
+        cpu::norm_gate_forward(problem, inputs, pointer(out), threads);
+      },
+      no_gil);
+  m.def("norm_gate_backward_parts_cpu", &cpu::norm_gate_backward_parts);
+  m.def("norm_gate_backward_cpu", &cpu::norm_gate_backward, no_gil);
 
 #ifdef DIFFMF_WITH_CUDA
   m.attr("cuda_version") = DIFFMF_CUDA_VERSION;
@@ -127,6 +179,33 @@ PYBIND11_MODULE(_C, m) {
       [](const CrossScanProblem& shape, DType dtype, uintptr_t y, uintptr_t x, uintptr_t stream) {
         cuda::cross_merge(shape, dtype, pointer(y), pointer(x), pointer(stream));
       },
+      no_gil);
+  m.def(
+      "depthwise_conv_silu_forward_cuda",
+      [](const DepthwiseConvProblem& problem, const DepthwiseConvInputs& inputs, uintptr_t y, uintptr_t stream) {
+        cuda::depthwise_conv_silu_forward(problem, inputs, pointer(y), pointer(stream));
+      },
+      no_gil);
+  m.def("depthwise_conv_silu_backward_workspace_cuda", &cuda::depthwise_conv_silu_backward_workspace);
+  m.def("depthwise_conv_silu_backward_parts_cuda", &cuda::depthwise_conv_silu_backward_parts);
+  m.def(
+      "depthwise_conv_silu_backward_cuda",
+      [](const DepthwiseConvProblem& problem, const DepthwiseConvInputs& inputs,
+         const DepthwiseConvGradients& gradients, uintptr_t workspace, uintptr_t stream) {
+        cuda::depthwise_conv_silu_backward(problem, inputs, gradients, pointer(workspace), pointer(stream));
+      },
+      no_gil);
+  m.def(
+      "norm_gate_forward_cuda",
+      [](const NormGateProblem& problem, const NormGateInputs& inputs, uintptr_t out, uintptr_t stream) {
+        cuda::norm_gate_forward(problem, inputs, pointer(out), pointer(stream));
+      },
+      no_gil);
+  m.def("norm_gate_backward_parts_cuda", &cuda::norm_gate_backward_parts);
+  m.def(
+      "norm_gate_backward_cuda",
+      [](const NormGateProblem& problem, const NormGateInputs& inputs, const NormGateGradients& gradients,
+         uintptr_t stream) { cuda::norm_gate_backward(problem, inputs, gradients, pointer(stream)); },
       no_gil);
 #else
   m.attr("cuda_version") = py::none();

@@ -55,7 +55,7 @@ class ChannelReweighting(nn.Module):
         mixed = mixed * self.projection(exchanged)
         second = exchanged[0].mean((1, 2)) if self.gate_inputs == "eq8" else pooled[1]
         omega = _per_pixel(torch.sigmoid(self.gate(torch.cat([pooled[0], second], dim=-1))))  # (B, 1, 1, C)
-        return (1 - omega) * mixed + omega * mixed.flip(0)
+        return torch.lerp(mixed, mixed.flip(0), omega.to(mixed.dtype))  # (1 - omega) * mixed + omega * flipped
 
 
 def _per_pixel(weights: Tensor) -> Tensor:

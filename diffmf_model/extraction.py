@@ -30,7 +30,8 @@ class ConvLayer(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        # Of a one-channel image PyTorch may answer channels-first; one copy here, and everything after is channels-last.
+        return self.act(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())
 
 
 def difference(shared: Tensor) -> Tensor:
@@ -50,12 +51,12 @@ def guide(features: Tensor, shared: Tensor, guidance: str) -> Tensor:
     infrared, visible = features
     diff = difference(shared)
     if guidance == "visible_first":
-        visible = (1 - diff) * visible + diff * infrared
-        infrared = (1 - diff) * infrared + diff * visible
+        visible = torch.lerp(visible, infrared, diff)  # (1 - diff) * visible + diff * infrared
+        infrared = torch.lerp(infrared, visible, diff)
     else:
-        guided = (1 - diff) * infrared + diff * visible
+        guided = torch.lerp(infrared, visible, diff)
         source = guided if guidance == "infrared_first" else infrared
-        infrared, visible = guided, (1 - diff) * visible + diff * source
+        infrared, visible = guided, torch.lerp(visible, source, diff)
     return torch.stack([infrared, visible])
 
 

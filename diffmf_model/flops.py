@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from diffmf_ops.modules import SS2D, VSSBlock
 
@@ -97,11 +98,17 @@ def count(config: ModelConfig, height: int, width: int) -> tuple[dict[str, Cost]
     for name, _ in model.named_modules():
         # The counter's own numbers are 2 per multiply-add.
         operations = counted.get(f"{DIFFMF.__name__}.{name}" if name else "Global", {})
-        convolution = sum(flops for op, flops in operations.items() if "convolution" in str(op)) / 2
+        convolution = sum(flops for op, flops in operations.items() if "conv" in str(op)) / 2
         linear = sum(operations.values()) / 2 - convolution + _inside(name, deltas)
         costs[name] = Cost(linear, convolution, _inside(name, scans))
     transformer = costs[""].total - sum(costs[name].total for name in replaced) + sum(replaced.values())
     return costs, transformer
+
+
+@register_flop_formula(torch.ops.diffmf.depthwise_conv_silu)
+def _depthwise_flops(x_shape, weight_shape, *_, **__) -> int:
+    """2 per multiply-add, as the counter has it for PyTorch's convolutions."""
+    return 2 * prod(x_shape) * weight_shape[-1] ** 2
 
 
 def _inside(name: str, values: dict[str, float]) -> float:

@@ -2,8 +2,21 @@
 
 from .backend import has_cuda, import_error
 from .cross_scan import cross_merge, cross_scan
+from .depthwise_conv_silu import depthwise_conv_silu
 from .modules import SS2D, VSSBlock
+from .norm_gate import norm_gate
 from .selective_scan import selective_scan
 from .ss2d import ss2d
 
-__all__ = ["SS2D", "VSSBlock", "cross_merge", "cross_scan", "has_cuda", "import_error", "selective_scan", "ss2d"]
+__all__ = [
+    "SS2D",
+    "VSSBlock",
+    "cross_merge",
+    "cross_scan",
+    "depthwise_conv_silu",
+    "has_cuda",
+    "import_error",
+    "norm_gate",
+    "selective_scan",
+    "ss2d",
+]

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .depthwise_conv_silu import KERNEL_SIZES, depthwise_conv_silu
+from .norm_gate import norm_gate
 from .ss2d import ss2d
 
 PATHS = (0, 1, 2, 3)
@@ -66,7 +68,10 @@ def _flatten_pointwise_weight(module, state_dict, prefix, *_):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization of the last axis; weight and bias ([M,] C)."""
+    """Layer normalization of the last axis of ([M,] B, H, W, C), times SiLU(z) where z is given; weight, bias ([M,] C).
+
+    The result has the dtype of x, under autocast too; statistics are float32.
+    """
 
     def __init__(self, channels: int, modalities: int = 1, eps: float = 1e-5):
         super().__init__()
@@ -75,16 +80,16 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(*lead, channels))
         self.bias = nn.Parameter(torch.zeros(*lead, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 1:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        affine = (len(self.weight),) + (1,) * (x.dim() - 2) + (-1,)
-        normalized = F.layer_norm(x, self.weight.shape[1:], eps=self.eps)
-        return torch.addcmul(self.bias.view(affine), normalized, self.weight.view(affine))
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return norm_gate(x, self.weight.to(dtype), self.bias.to(dtype), z, self.eps)
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution of channels-last tensors ([M,] B, H, W, D), zero-padded; weight ([M,] D, 1, k, k)."""
+    """Depthwise convolution of channels-last tensors ([M,] B, H, W, D), zero-padded, and an activation module.
+
+    weight ([M,] D, 1, k, k). With SiLU and an odd k up to 7 both are one operator.
+    """
 
     def __init__(self, channels: int, kernel_size: int, bias: bool = True, modalities: int = 1):
         super().__init__()
@@ -99,11 +104,14 @@ class DepthwiseConv(nn.Module):
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=self.padding, groups=len(weight))
         return y.permute(0, 2, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, act: nn.Module) -> Tensor:
+        if isinstance(act, nn.SiLU) and self.weight.shape[-1] in KERNEL_SIZES:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return depthwise_conv_silu(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         if self.weight.dim() == 4:
-            return self._convolve(x, self.weight, self.bias)
+            return act(self._convolve(x, self.weight, self.bias))
         biases = [None] * len(x) if self.bias is None else self.bias
-        return torch.stack([self._convolve(*each) for each in zip(x, self.weight, biases, strict=True)])
+        return act(torch.stack([self._convolve(*each) for each in zip(x, self.weight, biases, strict=True)]))
 
 
 class DropPath(nn.Module):
@@ -176,7 +184,7 @@ class SS2D(nn.Module):
 
         self.in_proj = Linear(d_model, inner * (2 if self.gated else 1), bias, modalities)
         self.act = act_layer()
-        self.conv2d = DepthwiseConv(inner, d_conv, conv_bias, modalities) if d_conv > 1 else nn.Identity()
+        self.conv2d = DepthwiseConv(inner, d_conv, conv_bias, modalities) if d_conv > 1 else None
         self.x_proj_weight = _uniform(inner**-0.5, *lead, paths, rank + 2 * d_state, inner)
         self.dt_projs_weight = _uniform(rank**-0.5, *lead, paths, inner, rank)
         # softplus(bias) is log-uniform in [dt_min, dt_max] at the start.
@@ -191,6 +199,12 @@ class SS2D(nn.Module):
             self.exchange_reproj_weight = _uniform(width**-0.5, *lead, paths, inner, width)
         self.out_norm = nn.Identity() if "_onnone" in options else LayerNorm(inner, modalities)
         self.out_act = nn.GELU() if "_oact" in options else nn.Identity()
+        self.fused_gate = (
+            self.gate_act
+            and isinstance(self.act, nn.SiLU)
+            and isinstance(self.out_norm, LayerNorm)
+            and isinstance(self.out_act, nn.Identity)
+        )
         self.out_proj = Linear(inner, d_model, bias, modalities)
         self.dropout = nn.Dropout(dropout)
 
@@ -228,10 +242,14 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-        x = self.act(self.conv2d(x))
-        y = self.out_act(self.out_norm(self.scan(x)).to(x.dtype))
-        if self.gated:
-            y = y * (self.act(z) if self.gate_act else z)
+        x = self.act(x) if self.conv2d is None else self.conv2d(x, self.act)
+        y = self.scan(x)
+        if self.gated and self.fused_gate:
+            y = self.out_norm(y, z)
+        else:
+            y = self.out_act(self.out_norm(y))
+            if self.gated:
+                y = y * (self.act(z) if self.gate_act else z)
         y = self.dropout(self.out_proj(y))
         return y.permute(0, 3, 1, 2) if self.channel_first else y
 

@@ -104,3 +104,19 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     if z is not None:
         y = y * F.silu(z)
     return (y, state) if return_last_state else y
+
+
+def depthwise_conv_silu(x, weight, bias=None):
+    """Reference of :func:`diffmf_ops.depthwise_conv_silu`; same arguments, all of one dtype."""
+    if x.dim() == 5:
+        biases = [None] * len(x) if bias is None else bias
+        return torch.stack([depthwise_conv_silu(*each) for each in zip(x, weight, biases, strict=True)])
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    return F.silu(y).permute(0, 2, 3, 1)
+
+
+def norm_gate(y, weight, bias, z=None, eps=1e-5):
+    """Reference of :func:`diffmf_ops.norm_gate`; same arguments, all of one dtype."""
+    affine = (*weight.shape[:-1], 1, 1, 1, weight.shape[-1])
+    out = F.layer_norm(y, y.shape[-1:], eps=eps) * weight.view(affine) + bias.view(affine)
+    return out if z is None else out * F.silu(z)

@@ -6,7 +6,6 @@
 // fixed by the problem alone, whatever the number of threads, and the memory is a segment per scan, not K L D. With
 // several paths, and a dtype narrower than float, y and dx of the wave's items are summed in a float copy.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -14,49 +13,16 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
 #include "scan.h"
 #include "team.h"
 
 namespace diffmf::cpu {
 namespace {
 
-enum class Isa { baseline, avx2, avx512 };
-
-// The best instruction set that this machine has, or DIFFMF_CPU_CAPABILITY if that is less.
-Isa choose_isa() {
-  Isa best = Isa::baseline;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    best = Isa::avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      best = Isa::avx512;
-    }
-  }
-#endif
-  const char* limit = std::getenv("DIFFMF_CPU_CAPABILITY");
-  if (!limit) return best;
-  const std::string name = limit;
-  if (name == "baseline") return Isa::baseline;
-  if (name == "avx2") return std::min(best, Isa::avx2);
-  if (name == "avx512") return best;
-  throw std::invalid_argument("DIFFMF_CPU_CAPABILITY is '" + name + "', expected baseline, avx2 or avx512");
-}
-
 template <class Real>
 const Kernels<Real>& kernels();
 
-#if defined(__x86_64__)
-#define DIFFMF_SELECT(table)           \
-  static const Isa isa = choose_isa(); \
-  return isa == Isa::avx512 ? avx512::table : isa == Isa::avx2 ? avx2::table : baseline::table;
-#else
-#define DIFFMF_SELECT(table)           \
-  static const Isa isa = choose_isa(); \
-  (void)isa;                           \
-  return baseline::table;
-#endif
 template <>
 const Kernels<float>& kernels<float>() {
   DIFFMF_SELECT(kernels_f32)
@@ -65,7 +31,6 @@ template <>
 const Kernels<double>& kernels<double>() {
   DIFFMF_SELECT(kernels_f64)
 }
-#undef DIFFMF_SELECT
 
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }

@@ -1,0 +1,2 @@
+#define DIFFMF_ISA baseline
+#include "pixels_kernels.h"
