@@ -61,17 +61,20 @@ void load_weights(const DepthwiseConvProblem& p, const DepthwiseConvInputs& inpu
   }
 }
 
-// The convolution at one pixel for one vector of channels. `window` is at its first tap; its rows are `line` apart.
-template <int K, class Real>
-inline Vector<Real> taps_at(const Real* window, int64_t line, int64_t stride, const Real* weights, Vector<Real> sum,
-                            bool flipped = false) {
-  for (int i = 0; i < K; ++i) {
-    for (int j = 0; j < K; ++j) {
-      const int tap = flipped ? K * K - 1 - (i * K + j) : i * K + j;
-      sum += load(weights + tap * stride) * load(window + i * line + j * stride);
+// A row of `columns` pixels of the convolution for one vector of channels; finish(sum) goes to `to`, `stride` apart.
+// `window` is at the first pixel's first tap; its rows are `line` apart, its pixels and the weights `stride`.
+template <int K, bool kFlipped, class Real, class Finish>
+inline void convolve_row(const Real* window, int64_t line, int64_t stride, const Real* weights, Vector<Real> bias,
+                         int64_t columns, Real* to, Finish finish) {
+  Vector<Real> w[K * K];
+  for (int tap = 0; tap < K * K; ++tap) w[tap] = load(weights + (kFlipped ? K * K - 1 - tap : tap) * stride);
+  for (int64_t column = 0; column < columns; ++column, window += stride, to += stride) {
+    Vector<Real> sum = bias;
+    for (int i = 0; i < K; ++i) {
+      for (int j = 0; j < K; ++j) sum += w[i * K + j] * load(window + i * line + j * stride);
     }
+    finish(sum, to);
   }
-  return sum;
 }
 
 template <class Function>
@@ -91,8 +94,8 @@ inline void with_kernel_size(int kernel_size, Function f) {
 int64_t conv_scratch(const DepthwiseConvProblem& p, bool backward) {
   const int64_t pad = p.kernel_size / 2, taps = int64_t{p.kernel_size} * p.kernel_size;
   const auto window = [](int64_t margin) { return (kTileRows + 2 * margin) * (kTileColumns + 2 * margin); };
-  int64_t rows = window(backward ? 2 * pad : pad) + taps + 2;
-  if (backward) rows += window(pad) + taps + 2;
+  int64_t rows = window(backward ? 2 * pad : pad) + taps + 1 + kTileColumns;
+  if (backward) rows += window(pad) + taps + 1;
   return rows * kTileChannels * (p.dtype == DType::f64 ? 8 : 4);
 }
 
@@ -108,20 +111,19 @@ void conv_forward_tile(const DepthwiseConvProblem& p, const DepthwiseConvInputs&
   constexpr int64_t kPad = K / 2;
   const int64_t channels = tile.last - tile.first, stride = padded(channels);
   const int64_t columns = tile.right - tile.left, line = (columns + 2 * kPad) * stride;
-  Real *weights = scratch, *result = weights + (K * K + 1) * stride, *window = result + stride;
+  Real *weights = scratch, *result = weights + (K * K + 1) * stride, *window = result + columns * stride;
   load_weights(p, inputs, tile, stride, weights);
   load_window(p, conv_image<Real, Element>(inputs, tile), inputs.x_strides.row, inputs.x_strides.column,
               tile.top - kPad, tile.bottom + kPad, tile.left - kPad, tile.right + kPad, channels, stride, window);
   Element* image = y + (tile.m * p.batch + tile.b) * p.height * p.width * p.channels + tile.first;
   for (int64_t row = tile.top; row < tile.bottom; ++row) {
-    for (int64_t column = tile.left; column < tile.right; ++column) {
-      const Real* from = window + (row - tile.top) * line + (column - tile.left) * stride;
-      for (int64_t c = 0; c < stride; c += kWidth<Real>) {
-        const Vector<Real> pre = taps_at<K>(from + c, line, stride, weights + c, load(weights + K * K * stride + c));
-        store(result + c, pre * sigmoid(pre));
-      }
-      store_row(result, channels, image + (row * p.width + column) * p.channels);
+    for (int64_t c = 0; c < stride; c += kWidth<Real>) {
+      convolve_row<K, false>(window + (row - tile.top) * line + c, line, stride, weights + c,
+                             load(weights + K * K * stride + c), columns, result + c,
+                             [](Vector<Real> pre, Real* to) { store(to, pre * sigmoid(pre)); });
     }
+    Element* pixel = image + (row * p.width + tile.left) * p.channels;
+    for (int64_t i = 0; i < columns; ++i) store_row(result + i * stride, channels, pixel + i * p.channels);
   }
 }
 
@@ -132,7 +134,7 @@ void conv_backward_tile(const DepthwiseConvProblem& p, const DepthwiseConvInputs
   const int64_t channels = tile.last - tile.first, stride = padded(channels);
   const int64_t rows = tile.bottom - tile.top, columns = tile.right - tile.left;
   const int64_t line = (columns + 4 * kPad) * stride, g_line = (columns + 2 * kPad) * stride;
-  Real *weights = scratch, *result = weights + (K * K + 1) * stride, *sums = result + stride;
+  Real *weights = scratch, *result = weights + (K * K + 1) * stride, *sums = result + columns * stride;
   Real *g = sums + (K * K + 1) * stride, *window = g + (rows + 2 * kPad) * g_line;
   load_weights(p, inputs, tile, stride, weights);
   load_window(p, conv_image<Real, Element>(inputs, tile), inputs.x_strides.row, inputs.x_strides.column,
@@ -145,26 +147,21 @@ void conv_backward_tile(const DepthwiseConvProblem& p, const DepthwiseConvInputs
   for (int64_t row = 0; row < rows + 2 * kPad; ++row) {
     const int64_t image_row = tile.top - kPad + row;
     if (image_row < 0 || image_row >= p.height) continue;
-    for (int64_t column = 0; column < columns + 2 * kPad; ++column) {
-      const int64_t image_column = tile.left - kPad + column;
-      if (image_column < 0 || image_column >= p.width) continue;
-      for (int64_t c = 0; c < stride; c += kWidth<Real>) {
-        const Vector<Real> pre = taps_at<K>(window + row * line + column * stride + c, line, stride, weights + c,
-                                            load(weights + K * K * stride + c));
-        Real* at = g + row * g_line + column * stride + c;
-        store(at, load(at) * silu_slope<Real>(pre, sigmoid(pre)));
-      }
+    for (int64_t c = 0; c < stride; c += kWidth<Real>) {
+      convolve_row<K, false>(window + row * line + c, line, stride, weights + c, load(weights + K * K * stride + c),
+                             columns + 2 * kPad, g + row * g_line + c, [](Vector<Real> pre, Real* at) {
+                               store(at, load(at) * silu_slope<Real>(pre, sigmoid(pre)));
+                             });
     }
   }
   Element* dx = static_cast<Element*>(gradients.dx) + corner;
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) {
-      const Real* from = g + row * g_line + column * stride;
-      for (int64_t c = 0; c < stride; c += kWidth<Real>) {
-        store(result + c, taps_at<K>(from + c, g_line, stride, weights + c, Vector<Real>{}, true));
-      }
-      store_row(result, channels, dx + ((tile.top + row) * p.width + tile.left + column) * p.channels);
+    for (int64_t c = 0; c < stride; c += kWidth<Real>) {
+      convolve_row<K, true>(g + row * g_line + c, g_line, stride, weights + c, Vector<Real>{}, columns, result + c,
+                            [](Vector<Real> sum, Real* to) { store(to, sum); });
     }
+    Element* pixel = dx + ((tile.top + row) * p.width + tile.left) * p.channels;
+    for (int64_t i = 0; i < columns; ++i) store_row(result + i * stride, channels, pixel + i * p.channels);
   }
   for (int64_t c = 0; c < stride; c += kWidth<Real>) {
     for (int i = 0; i < K; ++i) {  // one row of taps at a time, in registers
