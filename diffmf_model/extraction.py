@@ -30,7 +30,7 @@ class ConvLayer(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        # For a one-channel image the result may be channels-first: one copy here, and all that follows is channels-last.
+        # For one-channel images the result may be channels-first: one copy here, and all that follows is channels-last.
         return self.act(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())
 
 
