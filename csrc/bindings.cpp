@@ -6,6 +6,7 @@
 #include <string>
 
 #include "diffmf/cross_scan.h"
+#include "diffmf/probes.h"
 #include "diffmf/ss2d.h"
 
 namespace py = pybind11;
@@ -72,6 +73,13 @@ PYBIND11_MODULE(_C, m) {
   py::enum_<Discretization>(m, "Discretization")
       .value("euler", Discretization::euler)
       .value("zoh", Discretization::zoh);
+  py::enum_<Probe>(m, "Probe")
+      .value("exp2", Probe::exp2)
+      .value("fma", Probe::fma)
+      .value("scan_states", Probe::scan_states)
+      .value("scan_output", Probe::scan_output)
+      .value("shared_scan_states", Probe::shared_scan_states)
+      .value("shared_scan_output", Probe::shared_scan_output);
 
   py::class_<SS2DProblem>(m, "SS2DProblem")
       .def(py::init(&make_problem), py::arg("dtype"), py::arg("sizes"), py::arg("paths"), py::arg("exchange"),
@@ -126,6 +134,12 @@ PYBIND11_MODULE(_C, m) {
       "cross_merge_cuda",
       [](const CrossScanProblem& shape, DType dtype, uintptr_t y, uintptr_t x, uintptr_t stream) {
         cuda::cross_merge(shape, dtype, pointer(y), pointer(x), pointer(stream));
+      },
+      no_gil);
+  m.def(
+      "probe_cuda",
+      [](Probe probe, int repetitions, uintptr_t sink, uintptr_t stream) {
+        return cuda::probe(probe, repetitions, pointer(sink), pointer(stream));
       },
       no_gil);
 #else
