@@ -85,9 +85,9 @@ GROUPS = {"sweep": list(SWEEP), "length": list(LENGTH)}
 ALL = CASES | SWEEP | LENGTH
 QUICK = {"cpu": ["separate"], "cuda": ["vmamba", "mamba_ssm", "mamba2", "separate"]}  # the rest loop over tokens
 
-# Relative L2 errors above which a peer does not compute the same: Triton multiplies in TF32, and in 16 bits the peers
-# round steps, B and C where this package's projections are the same bits in another order. Not measured to be tight.
-WRONG = {F32: 1e-2, BF16: 5e-2, F16: 2e-2}
+# Relative L2 errors above which a peer does not compute the same. Wide: Triton multiplies in TF32, and in 16 bits the
+# peers round steps as large as 6 to a relative 2^-9, while a mistake in an adapter gives errors near 1.
+WRONG = {F32: 1e-2, BF16: 1e-1, F16: 5e-2}
 
 
 def make_inputs(case: Case, device: str):
@@ -112,23 +112,25 @@ def make_inputs(case: Case, device: str):
 def measure(case: Case, device: str, wanted: list[str], seconds: float, limits: dict | None = None) -> dict:
     """One row: times and memory of ss2d, and of each wanted peer that can do the case with its errors against ss2d.
 
-    Raises UserError for a peer that computes something else.
+    A peer that computes something else, or raises, is not timed: "failed" of the row says why.
     """
     tensors = make_inputs(case, device)
     dy = torch.randn_like(tensors[0])
     contenders = {"diffmf": peers.ours(case, tensors, dy)}
-    row = {"case": str(case), "dtype": str(case.dtype), "tokens": case.height * case.width, "peers": {}}
+    row = {"case": str(case), "dtype": str(case.dtype), "tokens": case.height * case.width}
+    row |= {"peers": {}, "failed": {}}
     for name in wanted:
         try:
             peer = peers.PEERS[name](case, tensors, dy)
             found = peers.errors(peer, case, tensors, dy) if peer.comparable else {}
         except peers.NotForThis:
             continue
-        except torch.OutOfMemoryError:
-            print(f"    {name}: out of memory")
+        except RuntimeError as error:  # out of memory among others
+            row["failed"][name] = str(error).partition("\n")[0]
             continue
         if not all(error <= WRONG[case.dtype] for error in found.values()):  # not-a-number included
-            raise UserError(f"{name} on {case}: relative errors {found}, expected at most {WRONG[case.dtype]}")
+            row["failed"][name] = f"relative errors {found}, expected at most {WRONG[case.dtype]}"
+            continue
         contenders[name] = peer
         row["peers"][name] = {"error": found}
 
@@ -239,6 +241,9 @@ def run(args: argparse.Namespace) -> int:
         group = args.cases if len(args.cases) == 1 and args.cases[0] in GROUPS else []
         file = "_".join(["ss2d", device.type, *group])
         print(f"written: {write_results(file, device.type, args.output, **results)}")
+    failed = [f"{name} on {row['case']}: {why}" for row in results["rows"] for name, why in row["failed"].items()]
+    if failed:
+        raise UserError("; ".join(failed))
     return 0
 
 
@@ -253,6 +258,8 @@ def show(row: dict) -> None:
         exp2, copy, floor = (row["limits"][key] / kernel for key in ("exp2", "copy", "two passes"))
         rate = row["bytes"] / kernel / 1e6
         print(f"    kernel: {rate:.0f} GB/s, {copy:.0%} of copy, {exp2:.0%} of exp2, {1 / floor:.2f} × two bare passes")
+    for name, why in row["failed"].items():
+        print(f"    {name} FAILED: {why}", flush=True)
     for name, peer in row["peers"].items():
         ratios = " ".join(
             f"{peer[key]['median'] / row[key]['median']:.2f}×" for key in ("forward", "forward and backward")

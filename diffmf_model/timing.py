@@ -96,13 +96,16 @@ def _git(*arguments: str) -> str | None:
 
 
 def _clocks() -> dict | None:
-    """MHz of the current GPU's multiprocessors now and at most, or None where NVML does not say."""
+    """MHz of the current GPU's multiprocessors under load and at most, or None where NVML does not say."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
         clock = pynvml.NVML_CLOCK_SM
+        load = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        for _ in range(300):  # about 100 ms, still running when the clock is read
+            load.zero_()
         return {
             "sm": pynvml.nvmlDeviceGetClockInfo(handle, clock),
             "sm max": pynvml.nvmlDeviceGetMaxClockInfo(handle, clock),

@@ -35,15 +35,17 @@ def test_bench_compares_two_modalities_with_two_launches(tmp_path, monkeypatch):
     assert row["peers"]["separate"]["error"] == {}  # it exchanges nothing
 
 
-def test_a_peer_that_is_off_is_refused(monkeypatch, capsys):
+def test_a_peer_that_is_off_is_refused(tmp_path, monkeypatch, capsys):
     def doubled(case, tensors, dy):
         right = peers.eager(case, tensors, dy)
         return peers.Contender(right.leaves, lambda: [2 * y for y in right.run()], right.seeds, right.to_ours)
 
     monkeypatch.setitem(peers.PEERS, "eager", doubled)
     monkeypatch.setitem(bench.ALL, "tiny", SMALL)
-    assert cli.main(["bench", "tiny", "--device", "cpu", "--peers", "eager"]) == 2
+    assert cli.main(["bench", "tiny", "--device", "cpu", "--peers", "eager", "--output", str(tmp_path)]) == 2
     assert "eager on 1×8×5×7" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "ss2d_cpu.json").read_text())["rows"]
+    assert row["peers"] == {} and "relative errors" in row["failed"]["eager"]
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["tiny", "--peers", "nonsense"]])
