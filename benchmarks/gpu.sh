@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: build, test, sanitize and benchmark, in that order. Logs and results go to $OUT
-# (default: benchmarks/results). Steps may be chosen: benchmarks/gpu.sh build test sanitize bench
+# (default: benchmarks/results). Steps may be chosen: benchmarks/gpu.sh build test sanitize bench sweep
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -31,8 +31,12 @@ for name in $steps; do
       done
       unset DIFFMF_EXAMPLES PYTORCH_NO_CUDA_MEMORY_CACHING
       ;;
-    bench) step bench python3 -m diffmf_model bench --output "$out" ;;
-    *) echo "unknown step $name; expected build, test, sanitize or bench" && exit 2 ;;
+    bench) step bench python3 -m diffmf_model bench --output "$out" ;; # beside the peers on PYTHONPATH
+    sweep)
+      step sweep python3 -m diffmf_model bench sweep --seconds 0.15 --output "$out"
+      step length python3 -m diffmf_model bench length --seconds 0.15 --output "$out"
+      ;;
+    *) echo "unknown step $name; expected build, test, sanitize, bench or sweep" && exit 2 ;;
   esac
 done
 exit $failed

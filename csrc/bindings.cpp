@@ -8,6 +8,7 @@
 #include "diffmf/cross_scan.h"
 #include "diffmf/depthwise_conv_silu.h"
 #include "diffmf/norm_gate.h"
+#include "diffmf/probes.h"
 #include "diffmf/ss2d.h"
 
 namespace py = pybind11;
@@ -92,6 +93,13 @@ PYBIND11_MODULE(_C, m) {
   py::enum_<Discretization>(m, "Discretization")
       .value("euler", Discretization::euler)
       .value("zoh", Discretization::zoh);
+  py::enum_<Probe>(m, "Probe")
+      .value("exp2", Probe::exp2)
+      .value("fma", Probe::fma)
+      .value("scan_states", Probe::scan_states)
+      .value("scan_output", Probe::scan_output)
+      .value("shared_scan_states", Probe::shared_scan_states)
+      .value("shared_scan_output", Probe::shared_scan_output);
 
   py::class_<SS2DProblem>(m, "SS2DProblem")
       .def(py::init(&make_problem), py::arg("dtype"), py::arg("sizes"), py::arg("paths"), py::arg("exchange"),
@@ -206,6 +214,12 @@ PYBIND11_MODULE(_C, m) {
       "norm_gate_backward_cuda",
       [](const NormGateProblem& problem, const NormGateInputs& inputs, const NormGateGradients& gradients,
          uintptr_t stream) { cuda::norm_gate_backward(problem, inputs, gradients, pointer(stream)); },
+      no_gil);
+  m.def(
+      "probe_cuda",
+      [](Probe probe, int repetitions, uintptr_t sink, uintptr_t stream) {
+        return cuda::probe(probe, repetitions, pointer(sink), pointer(stream));
+      },
       no_gil);
 #else
   m.attr("cuda_version") = py::none();

@@ -13,30 +13,52 @@ from pathlib import Path
 import torch
 
 
-def milliseconds(function, device: str, *, repeats: int = 20, warmup: int = 3) -> dict[str, float]:
-    """Median, minimum and maximum over `repeats` calls, in ms.
+def milliseconds(function, device: str, **options) -> dict[str, float]:
+    """`alternate` of a single function."""
+    return alternate({"": function}, device, **options)[""]
 
-    On a GPU by events, the second-level cache overwritten before each call; on a CPU by the wall clock.
+
+def alternate(functions: dict, device: str, *, repeats: int = 20, seconds: float = 0.5) -> dict[str, dict[str, float]]:
+    """Median, minimum and maximum time in ms of each function, called in turn, each round starting with the next one.
+
+    On a GPU by events, the second-level cache overwritten before each call; on a CPU by the wall clock. Up to `repeats`
+    rounds, and at least 3, in about `seconds`; two rounds before them warm up.
     """
-    for _ in range(warmup):
-        function()
+    names = list(functions)
+    for name in names:  # whatever is compiled or tuned at the first call
+        functions[name]()
+    begin = time.perf_counter()
+    for name in names:
+        functions[name]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    repeats = min(repeats, max(3, int(seconds / (time.perf_counter() - begin))))
+    clock = _gpu_clock if device == "cuda" else _cpu_clock
+    order = [names[(turn + i) % len(names)] for turn in range(repeats) for i in range(len(names))]
+    times = clock([functions[name] for name in order])
+    found = {name: [t for t, timed in zip(times, order, strict=True) if timed == name] for name in names}
+    return {n: {"median": statistics.median(t), "min": min(t), "max": max(t)} for n, t in found.items()}
+
+
+def _gpu_clock(calls) -> list[float]:
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+    for call, (start, end) in zip(calls, events, strict=True):
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _cpu_clock(calls) -> list[float]:
     times = []
-    if device == "cuda":
-        flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            flush.zero_()
-            start.record()
-            function()
-            end.record()
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) for start, end in events]
-    else:
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+    for call in calls:
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times
 
 
 def peak_extra_mib(function) -> float:
@@ -58,7 +80,7 @@ def environment(device: str) -> dict:
         "python": platform.python_version(),
     }
     if device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clocks": _clocks()}
     else:
         found |= {"cpu": _cpu_name(), "threads": torch.get_num_threads()}
     return found
@@ -73,15 +95,35 @@ def _git(*arguments: str) -> str | None:
         return None  # a copy without its history
 
 
+def _clocks() -> dict | None:
+    """MHz of the current GPU's multiprocessors under load and at most, or None where NVML does not say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        clock = pynvml.NVML_CLOCK_SM
+        load = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        for _ in range(300):  # about 100 ms, still running when the clock is read
+            load.zero_()
+        return {
+            "sm": pynvml.nvmlDeviceGetClockInfo(handle, clock),
+            "sm max": pynvml.nvmlDeviceGetMaxClockInfo(handle, clock),
+        }
+    except Exception as error:  # a record without clocks is better than none; NVML fails in many ways
+        print(f"clocks unknown: {error}")
+        return None
+
+
 def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
-def write_results(name: str, device: str, rows: list[dict], folder: Path) -> Path:
-    """Writes rows with the environment to `folder`/NAME.json."""
+def write_results(name: str, device: str, folder: Path, **results) -> Path:
+    """Writes the results with the environment to `folder`/NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment(device), **results}, indent=1) + "\n")
     return path
