@@ -46,7 +46,9 @@ from .network import DIFFMF
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="ROOT", help="data set with ir/, vi/ and optionally splits/")
-    parser.add_argument("--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene")
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
+    )
     parser.add_argument("--output", default="runs/diffmf", metavar="DIR", help="run folder (default: %(default)s)")
     add_device_argument(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in the run folder")
