@@ -12,6 +12,8 @@ COMMANDS = {
     "fuse": ("fuse", "fuse infrared-visible pairs"),
     "train": ("train", "train the network"),
     "evaluate": ("evaluate", "score fused images, the model's and others', in one table"),
+    "ablate": ("ablate", "train and score the paper's ablations, Tables II to VI"),
+    "experiments": ("experiments", "tabulate training runs"),
     "bench": ("bench", "time the operators"),
     "info": ("info", "show versions, backends and devices"),
     "flops": ("flops", "count operations, beside the paper's Table VII"),

@@ -68,6 +68,7 @@ class TrainConfig:
     clip_norm: float = _within(1.0, 0.0)  # gradient norm; 0 for no clipping
     ema: float = _within(0.0, 0.0, 0.99999)  # decay of the averaged weights; 0 for none
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False  # the training step's network by torch.compile
     seed: int = _within(0, 0)
     validate_epochs: int = _within(1, 1)
     save_steps: int = _within(200, 1)

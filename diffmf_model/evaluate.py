@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     methods = _methods(args.methods, groups, settings)
     if args.output is not None:
         make_folder(args.output)
-    model = partial(_fuse, load_model(args.weights, device), device)  # once all the rest is known to be there
+    model = model_fuser(load_model(args.weights, device), device)  # once all the rest is known to be there
     treatment = "fused images min-max stretched" if args.stretch else "images scored as written"
     texts, rows, records, per_image = [], [], {}, {}
     for group, (fusers, scored) in zip(groups, methods, strict=True):
@@ -88,10 +88,7 @@ def run(args: argparse.Namespace) -> int:
         for method in order:
             per_image.setdefault(method, {}).update(scores[method])
         for table in group.tables:
-            means = {
-                method: {metric: _mean([scores[method][name][metric] for name in table.names]) for metric in METRICS}
-                for method in order
-            }
+            means = {method: mean_scores(scores[method], table.names) for method in order}
             others = published.tables(args.published or published.set_of(table.names), **settings)
             shown = [_without(table, means) for table in others]
             title = f"{table.title}: {len(table.names)} pairs, protocol {args.protocol}, {treatment}"
@@ -272,14 +269,14 @@ def markdown_table(title: str, means: dict[str, dict[str, float]], others: list[
     for method, row in ranked.items():
         top = {m: max(other.get(m, -math.inf) for other in ranked.values()) for m in METRICS}
         cells = [
-            f"{bold(f'{row[m]:.{_digits(m)}f}', row[m] == top[m])} ({ranks[method][m]:g})" if m in row else "–"
+            f"{bold(f'{row[m]:.{digits(m)}f}', row[m] == top[m])} ({ranks[method][m]:g})" if m in row else "–"
             for m in METRICS
         ]
         rank = bold(f"{averages[method]:.2f}", averages[method] == min(averages.values()))
         lines.append(f"| {method if method in means else f'*{method}*'} | {' | '.join(cells)} | {rank} |")
     for table in others:
         for method, row in table.rows.items() if not table.same_pairs else ():
-            cells = [f"{row[m]:.{_digits(m)}f}" if m in row else "–" for m in METRICS]
+            cells = [f"{row[m]:.{digits(m)}f}" if m in row else "–" for m in METRICS]
             lines.append(f"| *{method}, {table.source}* | {' | '.join(cells)} | – |")
     if others:
         notes = [f"{listed(list(table.rows))}: {table.source}, {table.data}" for table in others]
@@ -321,8 +318,19 @@ def _csv_text(rows: list[list]) -> str:
     return text.getvalue()
 
 
-def _digits(metric: str) -> int:
+def digits(metric: str) -> int:
+    """Decimals that a table shows."""
     return 3 if metric in ("VIF", "Qabf", "SSIM") else 2
+
+
+def model_fuser(model: torch.nn.Module, device: torch.device) -> Callable:
+    """The network as `evaluate` takes it."""
+    return partial(_fuse, model, device)
+
+
+def mean_scores(scores: Scores, names: list[str]) -> dict[str, float]:
+    """The means over the named pairs, by metric."""
+    return {metric: _mean([scores[name][metric] for name in names]) for metric in METRICS}
 
 
 def _fuse(model: torch.nn.Module, device: torch.device, name: str, ir: torch.Tensor, vi: torch.Tensor) -> torch.Tensor:

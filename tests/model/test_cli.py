@@ -38,7 +38,7 @@ def test_wrong_usage(command, arguments):
     assert status == 2 and "usage: diffmf" in stderr
 
 
-@pytest.mark.parametrize("name", ["fuse", "train", "evaluate", "info", "flops", "features"])
+@pytest.mark.parametrize("name", ["fuse", "train", "evaluate", "info", "flops", "features", "ablate", "experiments"])
 def test_every_command_has_help(command, name):
     status, stdout, _ = command(name, "--help")
     assert status == 0 and f"usage: diffmf {name}" in stdout
