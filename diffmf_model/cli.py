@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score fused images, the model's and others', in one table"),
     "ablate": ("ablate", "train and score the paper's ablations, Tables II to VI"),
     "experiments": ("experiments", "tabulate training runs"),
+    "export-fused": ("export_fused", "write a detection or segmentation data set with fused pictures"),
     "bench": ("bench", "time the operators"),
     "info": ("info", "show versions, backends and devices"),
     "flops": ("flops", "count operations, beside the paper's Table VII"),
