@@ -16,6 +16,7 @@ COMMANDS = {
     "experiments": ("experiments", "tabulate training runs"),
     "export-fused": ("export_fused", "write a detection or segmentation data set with fused pictures"),
     "bench": ("bench", "time the operators"),
+    "bench-model": ("bench_model", "time the network, fusing and training"),
     "info": ("info", "show versions, backends and devices"),
     "flops": ("flops", "count operations, beside the paper's Table VII"),
     "features": ("features", "draw the network's feature maps"),

@@ -40,7 +40,8 @@ def test_wrong_usage(command, arguments):
 
 
 @pytest.mark.parametrize(
-    "name", ["fuse", "train", "evaluate", "info", "flops", "features", "ablate", "experiments", "export-fused"]
+    "name",
+    ["fuse", "train", "evaluate", "info", "flops", "features", "ablate", "experiments", "export-fused", "bench-model"],
 )
 def test_every_command_has_help(command, name):
     status, stdout, _ = command(name, "--help")
