@@ -278,11 +278,25 @@ def markdown_table(title: str, means: dict[str, dict[str, float]], others: list[
         for method, row in table.rows.items() if not table.same_pairs else ():
             cells = [f"{row[m]:.{digits(m)}f}" if m in row else "–" for m in METRICS]
             lines.append(f"| *{method}, {table.source}* | {' | '.join(cells)} | – |")
+    lines += ["", standing(ranked)]
     if others:
         notes = [f"{listed(list(table.rows))}: {table.source}, {table.data}" for table in others]
         ranking = "ranked where the pairs are the same, over the columns they have"
         lines += ["", f"*Italics*: published rows, {ranking}. " + "; ".join(notes) + "."]
     return "\n".join(lines) + "\n"
+
+
+def standing(means: dict[str, dict[str, float]]) -> str:
+    """Where the model stands: its first places among the methods alone, and its mean rank with the baselines too."""
+    alone = column_ranks({method: row for method, row in means.items() if method not in BASELINES})[MODEL]
+    first = [metric for metric in RANKED if alone[metric] == 1]
+    averages = mean_ranks(means)
+    place = 1 + sum(other < averages[MODEL] for other in averages.values())
+    return (
+        f"{MODEL} is first among the {len(means.keys() - BASELINES.keys())} methods in {len(first)} of {len(RANKED)} "
+        f"columns ({', '.join(first) or 'none'}), and number {place} of {len(means)} by mean rank, the no-learning "
+        "rules included."
+    )
 
 
 def _same_pairs(others: list[PublishedTable]) -> dict[str, dict[str, float]]:

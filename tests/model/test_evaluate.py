@@ -119,6 +119,11 @@ def test_published_rows_of_the_same_pairs_are_ranked_and_others_are_not():
     assert lines["*DIFF-MF, DIFF-MF paper, Table I*"].split(" | ")[1:3] == ["7.10", "63.03"]
     assert lines["*DIFF-MF, DIFF-MF paper, Table I*"].endswith("| – |")
     assert "55 TNO pairs, not listed there" in text
+    text = markdown_table("t", means | {"mean (no learning)": {m: 60.0 for m in METRICS if m != "SF"}}, tables)
+    expected = (
+        "first among the 10 methods in 8 of 8 columns (EN, SD, SF, MI, VIF, AG, SCD, Qabf), and number 2 of 11 by"
+    )
+    assert f"DIFF-MF is {expected} mean rank" in text
 
 
 def test_published_rows_and_ablations_are_complete():
