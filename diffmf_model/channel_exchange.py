@@ -23,6 +23,7 @@ class ChannelExchange(nn.Module):
             modalities=2,
             exchange=config.exchange,
             reproject=config.channel_exchange == "reproject",
+            scalar_decay=config.scalar_decay,
         )
         self.reweighting = ChannelReweighting(config) if config.reweighting else None
 

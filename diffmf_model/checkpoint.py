@@ -22,6 +22,7 @@ from .images import atomic_write
 from .network import DIFFMF
 
 BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "diffmf.safetensors"
+BUNDLED = {"full": BUNDLED_WEIGHTS, "small": BUNDLED_WEIGHTS.with_name("diffmf-s.safetensors")}
 MODEL_KIND, STATE_KIND = "diffmf model", "diffmf training state"
 METADATA = "diffmf"  # one entry, since safetensors writes several in any order
 
@@ -33,7 +34,11 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     """Declares --weights, for `load_model`."""
-    parser.add_argument("--weights", metavar="W", help="model file (default: the weights that the package carries)")
+    parser.add_argument(
+        "--weights",
+        metavar="W",
+        help=f"model file, or weights that the package carries: {', '.join(BUNDLED)} (default: full)",
+    )
 
 
 def select_device(name: str | None = None) -> torch.device:
@@ -58,12 +63,13 @@ def save_model(path: str | Path, model: DIFFMF) -> None:
 
 
 def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> DIFFMF:
-    """The network of a model file, on `device`, in eval mode; None loads the weights that the package carries.
+    """The network of a model file, on `device`, in eval mode; None loads the weights that the package carries, and so
+    does the name of a set of them, "full" or "small" (diffmf-s).
 
     Raises UserError for a file that is missing, is not safetensors, is truncated, was not written by `save_model`, or
     whose tensors do not fit its configuration.
     """
-    path = BUNDLED_WEIGHTS if path is None else path
+    path = resolve_weights(path)
     tensors, info = _read(path, MODEL_KIND)
     config = updated(Config(), {"model": info.get("model", {})}, where=f"{path}: ").model
     with torch.device("meta"):
@@ -71,6 +77,13 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "cpu
     _check_fit(path, model, tensors)
     model.load_state_dict(tensors, assign=True)
     return model.to(device, torch.float32).eval()
+
+
+def resolve_weights(path: str | Path | None) -> Path:
+    """The model file that `load_model` reads: a name in BUNDLED, unless there is a file of that name, or a path."""
+    if path is None:
+        return BUNDLED_WEIGHTS
+    return Path(path) if Path(path).is_file() else BUNDLED.get(str(path), Path(path))
 
 
 def save_training_state(
@@ -129,7 +142,8 @@ def _write(path: str | Path, tensors: dict[str, Tensor], kind: str, info: dict[s
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a {kind} (.safetensors)")
+        names = f", or one of {', '.join(BUNDLED)}" if kind == MODEL_KIND else ""
+        raise UserError(f"{path}: no such file; expected a {kind} (.safetensors){names}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -26,6 +26,7 @@ class ModelConfig:
     d_model: int = _within(32, 1)  # C
     d_state: int = _within(16, 1, 256)  # N
     ssm_ratio: float = _within(2.0, 0.5)  # D / C
+    scalar_decay: bool = False  # one decay per channel for all states (the SSD form of A)
     stages: int = _within(4, 1)
     gated: bool = True  # the VSS block's multiplicative branch z
     mlp_ratio: float = _within(0.0, 0.0)  # the VSS block's MLP; 0 for none
@@ -67,6 +68,7 @@ class TrainConfig:
     clip_norm: float = _within(1.0, 0.0)  # gradient norm; 0 for no clipping
     ema: float = _within(0.0, 0.0, 0.99999)  # decay of the averaged weights; 0 for none
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False  # the training step's network by torch.compile
     seed: int = _within(0, 0)
     validate_epochs: int = _within(1, 1)
     save_steps: int = _within(200, 1)

@@ -18,6 +18,7 @@ def vss_block(config: ModelConfig, channels: int, modalities: int = 1) -> VSSBlo
         forward_type="v05" if config.gated else "v05_noz",
         mlp_ratio=config.mlp_ratio,
         modalities=modalities,
+        scalar_decay=config.scalar_decay,
     )
 
 

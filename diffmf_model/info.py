@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,7 +64,11 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _weights() -> list[tuple[str, str]]:
-    path = checkpoint.BUNDLED_WEIGHTS
+    small = checkpoint.BUNDLED["small"]
+    return _weights_in(checkpoint.BUNDLED_WEIGHTS) + (_weights_in(small) if small.exists() else [])
+
+
+def _weights_in(path: Path) -> list[tuple[str, str]]:
     try:
         with safe_open(path, framework="np") as file:
             count = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118

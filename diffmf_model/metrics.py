@@ -46,7 +46,8 @@ def evaluate_pair(
     scores = _cddfuse(*grey) if protocol == "cddfuse" else _vifb(fused, ir, vi)
     scores["VIF"] = visual_information_fidelity(*grey)
     scores["SCD"] = sum_of_correlations_of_differences(*grey)
-    return {name: float(scores[name]) for name in METRICS}
+    values = torch.stack([scores[name] for name in METRICS]).tolist()  # one transfer from the device
+    return dict(zip(METRICS, values, strict=True))
 
 
 def _cddfuse(fused: torch.Tensor, ir: torch.Tensor, vi: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ Everything random is a function of the seed and the step (batch order, crops, st
 stopped or killed at any moment continues from its last saved state with the same losses, bit for bit on the CPU.
 
 A run folder holds last.safetensors and best.safetensors (model files; the averaged weights where train.ema is set),
-state.safetensors (what --resume continues from), log.jsonl (one line per step), validation.jsonl and tensorboard/.
+state.safetensors (what --resume continues from), log.jsonl (one line per step), validation.jsonl, run.json (settings,
+machine and speed, for `diffmf experiments`) and tensorboard/.
 """
 
 from __future__ import annotations
@@ -42,11 +43,14 @@ from .images import atomic_write, make_folder, to_uint8
 from .loss import FusionLoss
 from .metrics import METRICS, evaluate_pair
 from .network import DIFFMF
+from .timing import environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="ROOT", help="data set with ir/, vi/ and optionally splits/")
-    parser.add_argument("--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene")
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
+    )
     parser.add_argument("--output", default="runs/diffmf", metavar="DIR", help="run folder (default: %(default)s)")
     add_device_argument(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in the run folder")
@@ -140,13 +144,16 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = DIFFMF(config.model).to(device)
         self.network = DistributedDataParallel(self.model) if world > 1 else self.model
+        if settings.compile:
+            self.network = torch.compile(self.network)
         self.loss = FusionLoss(config.loss)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self.averaged = None
         if settings.ema > 0:
             self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self.step, self.validations, self.best = 0, 0, None
-        self.started = time.monotonic()
+        self.started, self.rate = time.monotonic(), 0.0
+        self.record = {"data": str(data), "environment": environment(device.type), "processes": world}
         self.files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -187,8 +194,8 @@ class Trainer:
                 self.crops.set_epoch(epoch)
                 for batch in self.loader:
                     record, stop = self._train_step(batch)
-                    rate = (self.step - first) * self.global_batch / (time.monotonic() - self.started)
-                    progress.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.1f} images/s", refresh=False)
+                    self.rate = (self.step - first) * self.global_batch / (time.monotonic() - self.started)
+                    progress.set_postfix_str(f"loss {record['loss']:.4f}, {self.rate:.1f} images/s", refresh=False)
                     self._after_step(record, stop)
                     progress.update()
                     if stop:
@@ -287,6 +294,9 @@ class Trainer:
             info |= {"global_batch": self.global_batch, "config": to_dict(self.config)}
             save_model(self.folder / "last.safetensors", self._weights_to_keep())
             save_training_state(self.folder / "state.safetensors", self.model, self.optimizer, self.averaged, info)
+            self.record |= {"steps": self.step, "planned_steps": self.total_steps, "images_per_second": self.rate}
+            with atomic_write(self.folder / "run.json") as file:
+                file.write(json.dumps(self.record | {"config": info["config"]}, indent=1).encode())
 
     def _weights_to_keep(self) -> DIFFMF:
         return self.model if self.averaged is None else self.averaged.module

@@ -143,6 +143,7 @@ class SS2D(nn.Module):
     reproject: Eqs. 5 and 6 to the letter: per path, tokens are projected and split into x, B and C, B and C are
         exchanged, and the three are projected back to D channels, which enter an SSM of their own. Otherwise the scan
         reads the other modality's B and C directly.
+    scalar_decay: one decay per channel and path for all states (the SSD form): A_logs has one column.
     Raises ValueError for an unsupported combination.
     """
 
@@ -164,6 +165,7 @@ class SS2D(nn.Module):
         modalities: int = 1,
         exchange: str = "none",
         reproject: bool = False,
+        scalar_decay: bool = False,
     ):
         super().__init__()
         options = _parse_forward_type(forward_type)
@@ -190,8 +192,11 @@ class SS2D(nn.Module):
         # softplus(bias) is log-uniform in [dt_min, dt_max] at the start.
         delta = torch.empty(*lead, paths, inner).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=1e-4)
         self.dt_projs_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))
-        decay = torch.arange(1, d_state + 1, dtype=torch.float32).log()  # S4D-real
-        self.A_logs = nn.Parameter(decay.repeat(*lead, paths * inner, 1))
+        if scalar_decay:  # as Mamba-2 starts: uniform in [1, 16]
+            decay = torch.empty(*lead, paths * inner, 1).uniform_(1, 16).log()
+        else:  # S4D-real
+            decay = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(*lead, paths * inner, 1)
+        self.A_logs = nn.Parameter(decay)
         self.Ds = nn.Parameter(torch.ones(*lead, paths * inner))
         if reproject:
             width = inner + 2 * d_state
@@ -272,7 +277,7 @@ class VSSBlock(nn.Module):
     """Visual state space block (VMamba): x + SS2D(norm(x)), then x + MLP(norm2(x)) unless mlp_ratio is 0.
 
     Tensors are (B, H, W, hidden_dim), (B, hidden_dim, H, W) with channel_first, or (2, B, H, W, hidden_dim) with
-    modalities=2. Arguments are VMamba's; modalities is that of `SS2D`. Raises ValueError as `SS2D` does.
+    modalities=2. Arguments are VMamba's; modalities and scalar_decay are those of `SS2D`, as are the ValueErrors.
     """
 
     def __init__(
@@ -291,6 +296,7 @@ class VSSBlock(nn.Module):
         mlp_ratio: float = 4.0,
         mlp_drop_rate: float = 0.0,
         modalities: int = 1,
+        scalar_decay: bool = False,
     ):
         super().__init__()
         if modalities == 2 and channel_first:
@@ -308,6 +314,7 @@ class VSSBlock(nn.Module):
             ssm_drop_rate,
             forward_type=forward_type,
             modalities=modalities,
+            scalar_decay=scalar_decay,
         )
         self.drop_path = DropPath(drop_path)
         self.norm2 = LayerNorm(hidden_dim, modalities) if mlp_ratio > 0 else None

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffmf_model.checkpoint import BUNDLED_WEIGHTS, load_model, select_device
+from diffmf_model.checkpoint import BUNDLED, load_model, select_device
 from diffmf_model.fuse import fuse_images
 from diffmf_model.images import write_png
 from diffmf_model.sample import GALLERY, render
 
 FOLDER = Path(__file__).parent / "gallery"
 WEIGHTS = {  # suffix of the picture's name: caption, file
-    "fused": ("fused", BUNDLED_WEIGHTS),
-    "fused-s": ("fused, small", BUNDLED_WEIGHTS.with_name("diffmf-s.safetensors")),
+    "fused": ("fused", BUNDLED["full"]),
+    "fused-s": ("fused, small", BUNDLED["small"]),
 }
 PANEL, GAP, CAPTION = (320, 240), 6, 18
 

@@ -285,3 +285,15 @@ def test_unsupported_options_are_refused(options, message):
 
 def test_dt_rank_is_vmamba_s():
     assert [SS2D(c, d_state=1).dt_rank for c in (1, 16, 17, 96)] == [math.ceil(c / 16) for c in (1, 16, 17, 96)]
+
+
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_scalar_decay_is_one_decay_for_all_states(modalities):
+    scalar = SS2D(6, d_state=3, modalities=modalities, scalar_decay=True)
+    assert scalar.A_logs.shape == (2, 48, 1)[2 - modalities :]
+    full = SS2D(6, d_state=3, modalities=modalities)
+    weights = scalar.state_dict()
+    full.load_state_dict(weights | {"A_logs": weights["A_logs"].expand(full.A_logs.shape)})
+    x = torch.randn((2, 2, 4, 5, 6)[2 - modalities :])
+    with torch.no_grad():
+        assert relative_error(scalar(x), full(x)) < FP32

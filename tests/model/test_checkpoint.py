@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffmf_model import checkpoint
 from diffmf_model.checkpoint import load_model, save_model, select_device
 from diffmf_model.config import ModelConfig, to_dict
 from diffmf_model.errors import UserError
@@ -62,6 +63,21 @@ def test_truncated_files(tmp_path, kept):
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
     with pytest.raises(UserError, match=r"model.safetensors: not a safetensors file, or damaged"):
         load_model(path)
+
+
+def test_bundled_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = tmp_path / "diffmf-s.safetensors"
+    monkeypatch.setitem(checkpoint.BUNDLED, "small", small)
+    with pytest.raises(UserError, match=r"diffmf-s.safetensors: no such file; expected .*, or one of full, small"):
+        load_model("small")
+    save_model(small, DIFFMF(CONFIG))
+    assert load_model("small").config == CONFIG
+    assert load_model("full").config == load_model().config
+    save_model(tmp_path / "small", DIFFMF(ModelConfig(d_model=5, d_state=1)))
+    assert load_model("small").config.d_model == 5  # a file goes before a name
+    with pytest.raises(UserError, match=r"medium: no such file; expected .*, or one of full, small"):
+        load_model("medium")
 
 
 def test_missing_file_and_folder(tmp_path):

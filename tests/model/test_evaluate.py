@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffmf_model.evaluate import BASELINES, mean_ranks
+from diffmf_model import published
+from diffmf_model.evaluate import BASELINES, column_ranks, markdown_table, mean_ranks
 from diffmf_model.images import luma, read_image, to_uint8, write_png
 from diffmf_model.metrics import METRICS, evaluate_pair
 
@@ -16,7 +17,11 @@ from diffmf_model.metrics import METRICS, evaluate_pair
 def rows(markdown: str) -> dict[str, list[float]]:
     lines = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("|")]
     assert lines[0] == ["method", *METRICS, "mean rank"]
-    return {cells[0]: [float(cell.strip("*")) for cell in cells[1:]] for cells in lines[2:]}
+    return {
+        cells[0]: [float(cell.split(" ")[0].strip("*")) for cell in cells[1:]]
+        for cells in lines[2:]
+        if "–" not in cells
+    }
 
 
 def test_table_and_files(tmp_path, pairs, average, command):
@@ -97,6 +102,72 @@ def test_mean_ranks_share_ties_and_put_nan_last():
     means["b"] |= {"EN": 4.0, "SSIM": 9.0}  # SSIM is not ranked
     assert mean_ranks(means)["b"] == pytest.approx((1 + 7 * 2.5) / 8)
     assert mean_ranks(means)["c"] == pytest.approx((3 + 7 * 2.5) / 8)
+    means["e"] = {"EN": 5.0}  # a published row with a single metric is ranked in that one
+    assert column_ranks(means)["e"] == {"EN": 1.0} and mean_ranks(means)["e"] == 1.0
+    assert column_ranks(means)["b"]["EN"] == 2.0 and column_ranks(means)["a"]["SD"] == 1.0
+
+
+def test_published_rows_of_the_same_pairs_are_ranked_and_others_are_not():
+    tables = published.tables("TNO-25", "cddfuse", False)
+    assert published.tables("TNO-25", "vifb", False) == published.tables("TNO-25", "cddfuse", True) == []
+    assert {table.same_pairs for table in tables} == {True, False}
+    means = {"DIFF-MF": dict.fromkeys(METRICS, 50.0)}
+    text = markdown_table("t", means, tables)
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    assert lines["DIFF-MF"].startswith("| DIFF-MF | **50.00** (1) |") and lines["DIFF-MF"].endswith("| **1.00** |")
+    assert lines["*CDDFuse*"].startswith("| *CDDFuse* | 7.12 (2) | 46.00 (3) | 13.15 (3)")
+    assert lines["*DIFF-MF, DIFF-MF paper, Table I*"].split(" | ")[1:3] == ["7.10", "63.03"]
+    assert lines["*DIFF-MF, DIFF-MF paper, Table I*"].endswith("| – |")
+    assert "55 TNO pairs, not listed there" in text
+    text = markdown_table("t", means | {"mean (no learning)": {m: 60.0 for m in METRICS if m != "SF"}}, tables)
+    expected = (
+        "first among the 10 methods in 8 of 8 columns (EN, SD, SF, MI, VIF, AG, SCD, Qabf), and number 2 of 11 by"
+    )
+    assert f"DIFF-MF is {expected} mean rank" in text
+
+
+def test_published_rows_and_ablations_are_complete():
+    counts = {
+        name: sum(len(t.rows) for t in published.tables(name, "cddfuse", False)) for name in published.set_names()
+    }
+    assert counts == {"TNO-25": 17, "TNO-42": 8, "M3FD": 8, "DroneVehicle": 8}
+    assert published.set_of([f"{i:02}" for i in range(1, 43)]) == "TNO-42" and published.set_of(["01"]) is None
+
+
+def test_a_folder_of_sets_gives_three_tables(tmp_path, pairs, average, command, fails):
+    root = tmp_path / "data"
+    pairs([f"{i:02}" for i in range(1, 5)], root / "tno")
+    pairs(["f1", "f2", "f3"], root / "roadscene")
+    (root / "tno/tno25.txt").write_text("02\n04\n")
+    (root / "roadscene/splits").mkdir()
+    (root / "roadscene/splits/test.txt").write_text("f2\nf3\n")
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(1, 5):
+        write_png(other / f"{i:02}.png", read_image(root / "tno/ir" / f"{i:02}.png"))
+    status, stdout, stderr = command("evaluate", "--data", root, "--methods", other, "--output", tmp_path / "out")
+    assert status == 0, stderr
+    titles = [line.split(";")[0] for line in stdout.splitlines() if line.startswith("**")]
+    assert [title.split(",")[0] for title in titles] == [
+        "**TNO-2: 2 pairs",
+        "**TNO-4: 4 pairs",
+        "**RoadScene-2: 2 pairs",
+    ]
+    assert all("protocol cddfuse" in title for title in titles)
+    assert stdout.count("| other |") == 2
+    record = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert record["tables"]["TNO-2"]["pairs"] == ["02", "04"] and record["tables"]["TNO-2"]["ranks"]["other"]
+    per_image = {each["method"]: each["per_image"] for each in record["methods"]}
+    assert set(per_image["DIFF-MF"]) == {"01", "02", "03", "04", "f2", "f3"} and len(per_image["other"]) == 4
+    with open(tmp_path / "out/metrics.csv", newline="") as file:
+        assert [row["set"] for row in csv.DictReader(file) if row["method"] == "other"] == ["TNO-2", "TNO-4"]
+    again = command("evaluate", "--data", root, "--methods", tmp_path / "out/metrics.json")[1]
+    assert again.count(f"| DIFF-MF ({tmp_path / 'out'}) |") == 3 and again.count("| other |") == 2
+    assert "expected a single data set" in fails("evaluate", "--data", root, "--names", root / "tno/tno25.txt")
+    (other / "01.png").unlink()
+    assert "no fused image for 01" in fails("evaluate", "--data", root, "--methods", other)
+    pairs(["z"], tmp_path / "stranger")
+    assert "has none of the pairs" in fails("evaluate", "--data", root, "--methods", tmp_path / "stranger/ir")
 
 
 def test_undefined_scores_are_null_in_the_json_file(tmp_path, average, command):

@@ -3,7 +3,7 @@
 import pytest
 
 from diffmf_model import cli
-from diffmf_model.config import ModelConfig
+from diffmf_model.config import ModelConfig, load_config
 from diffmf_model.flops import PAPER_SSM, count
 
 
@@ -36,6 +36,11 @@ def test_transformer_variant_by_hand():
     block = 4 * pixels**2 * 8 + pixels * (4 * 8 * 8 + 27 * 8 + 3 * 8 * hidden + 18 * hidden)
     vss = costs["extraction.0.self_block"].total + costs["extraction.0.share_block"].total
     assert transformer == costs[""].total - vss + 4 * block
+
+
+def test_the_small_network_is_four_times_cheaper():
+    full, small = (count(load_config(name).model, 64, 64)[0][""].total for name in (None, "small"))
+    assert full > 4 * small
 
 
 def test_command(capsys):

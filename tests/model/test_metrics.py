@@ -135,6 +135,16 @@ def test_constant_images_do_not_raise(rng, protocol):
     assert math.isnan(scores["SCD"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_gpu_gives_the_cpu_s_numbers(rng, protocol):
+    images = [levels(rng, 123, 161, 3) for _ in range(3)]
+    images[0][:, :30] = 90  # a flat part, where the definitions branch
+    assert evaluate_pair(*(image.cuda() for image in images), protocol) == pytest.approx(
+        evaluate_pair(*images, protocol), rel=1e-9
+    )
+
+
 def test_bad_input(rng):
     image = levels(rng)
     for message, images in (

@@ -36,6 +36,7 @@ SWITCHES = [
     {"residual": False},
     {"gate": "fig2"},
     {"spatial_exchange": False},
+    {"scalar_decay": True},
 ]
 
 

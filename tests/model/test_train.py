@@ -89,6 +89,20 @@ def test_a_run_learns_and_leaves_its_files(data, tmp_path, capsys):
     assert events.Tags()["images"] == ["validation/pair0"]
 
 
+def test_a_compiled_step_is_the_eager_one(data, tmp_path, monkeypatch):
+    compiled = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(1) or compile_(module, backend="eager"))
+    losses = []
+    for name in ("false", "true"):
+        assert cli.main(arguments(data, tmp_path / name, "train.epochs=1", f"train.compile={name}")) == 0
+        losses.append([record["loss"] for record in lines(tmp_path / name / "log.jsonl")])
+    assert losses[0] == losses[1] and compiled == [1]
+    record = json.loads((tmp_path / "true" / "run.json").read_text())
+    assert record["steps"] == record["planned_steps"] == 3 and record["images_per_second"] > 0
+    assert record["config"]["train"]["compile"] is True and record["environment"]["torch"] == torch.__version__
+
+
 def test_bf16_follows_fp32(data, tmp_path):
     losses = []
     for precision in ("fp32", "bf16"):
