@@ -44,7 +44,7 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
 def select_device(name: str | None = None) -> torch.device:
     """The named device; None is CUDA where there is one, else the CPU. Raises UserError for a device that is absent."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -54,7 +54,8 @@ def select_device(name: str | None = None) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"device: {name} asked for, but {count} CUDA devices are available")
-    return device
+    # With its index: torch.cuda.set_device takes no device without.
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def save_model(path: str | Path, model: DIFFMF) -> None:
