@@ -135,7 +135,7 @@ def measure(
                 function()
                 torch.cuda.synchronize()
             peak = {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if gpu else {}
-            times = milliseconds(function, device.type, repeats=repeats, warmup=min(3, repeats))
+            times = milliseconds(function, device.type, repeats=repeats)
             return {"ms": times, "images_per_second": 1e3 * shape[0] / times["median"]} | peak
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from diffmf_ops import reference, ss2d
+from diffmf_ops.modules import linear
 
 K = 4  # paths
 SOURCES = {"none": (0, 1), "mutual": (1, 0), "from_visible": (1, 1), "from_infrared": (0, 0)}
@@ -44,10 +45,8 @@ class Contender:
 
 
 def project(x, weight):
-    """proj (..., H, W, K, R + 2N) of x (..., H, W, D) by one GEMM a modality."""
-    if weight.dim() == 2:
-        return F.linear(x, weight).unflatten(-1, (K, -1))
-    return (x.flatten(1, 3) @ weight.mT).unflatten(1, x.shape[1:4]).unflatten(-1, (K, -1))
+    """proj (..., H, W, K, R + 2N) of x (..., H, W, D)."""
+    return linear(x, weight).unflatten(-1, (K, -1))
 
 
 def ours(case, tensors, dy) -> Contender:

@@ -35,8 +35,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I) by weight (O, I), or x (M, ..., I) by weight (M, O, I) as one batched GEMM; bias ([M,] O)."""
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
+    # Runs of tokens as a batch of their own: the weight's gradient sums over the tokens, and cuBLAS does not split the
+    # sum of a batched product, so one product per modality would leave most of the GPU idle.
     tokens = x.flatten(1, -2)
-    y = torch.bmm(tokens, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), tokens, weight.mT)
+    runs = math.gcd(tokens.shape[1], 64)
+    tokens = tokens.unflatten(1, (runs, -1)).flatten(0, 1)
+    weight = weight.mT.repeat_interleave(runs, 0)
+    if bias is None:
+        y = torch.bmm(tokens, weight)
+    else:
+        y = torch.baddbmm(bias.repeat_interleave(runs, 0).unsqueeze(1), tokens, weight)
     return y.view(*x.shape[:-1], -1)
 
 
