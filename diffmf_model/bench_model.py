@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append(parts)
             print(chart(parts), end="", flush=True)
     if args.output is not None:
-        print(f"written: {write_results(f'model_{device.type}', device.type, rows, args.output)}")
+        print(f"written: {write_results(f'model_{device.type}', device.type, args.output, rows=rows)}")
     return 0
 
 
