@@ -29,7 +29,7 @@ struct Layout {
 
   void finish(const SS2DProblem& problem) {
     padded_states = static_cast<int>(ceil_div(states_per_thread * state_lanes, 4) * 4);
-    pitch = static_cast<int>(ceil_div(2 * padded_states + problem.rank, 8) * 8);
+    pitch = static_cast<int>(ceil_div(2 * padded_states + std::max<int64_t>(problem.rank, kMinRank), 8) * 8);
   }
 };
 

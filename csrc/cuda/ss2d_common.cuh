@@ -150,9 +150,9 @@ struct Track {
   bool by_columns, reversed;
 
   // `image` counts (modality, batch item).
-  __device__ Track(const Params& p, int64_t image, int k, int group)
-      : m(static_cast<int>(image / p.batch)),
-        b(static_cast<int>(image % p.batch)),
+  __device__ Track(const Params& p, int image, int k, int group)
+      : m(image / p.batch),
+        b(image % p.batch),
         k(k),
         first_d(group * p.block_channels),
         by_columns(p.path[k] & 1),
@@ -209,23 +209,24 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 __device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Adds to memory without reading it back. Which additions meet is ordered by barriers, so the sum is deterministic.
+// Memory is not clobbered: between barriers nobody reads what is added to, and loads may pass.
 template <int CH>
 __device__ inline void add_at(float* to, const float (&v)[CH]) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (CH == 2) {
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
     return;
   }
 #endif
 #pragma unroll
-  for (int c = 0; c < CH; ++c)
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]) : "memory");
+  for (int c = 0; c < CH; ++c) asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]));
 }
 
+// Not unrolled: addresses computed ahead would cost registers.
 template <int kBytes, int kLanes>
 __device__ inline void copy_granules(uint32_t to, const char* from, int bytes, int lane, int lanes) {
   const int stride = kBytes * (kLanes > 0 ? kLanes : lanes);
-#pragma unroll 4
+#pragma unroll 1
   for (int i = lane * kBytes; i < bytes; i += stride) copy_async<kBytes>(to + i, from + i);
 }
 
@@ -333,8 +334,11 @@ __device__ inline void write_floats(float* to, const float (&v)[CH]) {
 
 // What the steps and the skip of the block's channels need, in shared memory: rows of block_channels values.
 constexpr int kBiasRow = 0, kSkipRow = 1, kWeightRows = 2;  // dt_bias, D, and dt_weight for r = 0 .. R - 1
-inline __host__ __device__ int staged_rows(int rank) { return kWeightRows + (rank > 0 ? rank + rank % 2 : 2); }
-// Zeros for what does not exist, and to an even R, at least 2; one of `threads` threads' share.
+constexpr int kMinRank = 4;  // ranks below are staged, and computed, as this one: with zeros
+inline __host__ __device__ int staged_rows(int rank) {
+  return kWeightRows + (rank > kMinRank ? rank + rank % 2 : kMinRank);
+}
+// Zeros for what does not exist, and to an even R, at least kMinRank; one of `threads` threads' share.
 __device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads) {
   const int rows = staged_rows(p.rank);
   for (int i = thread; i < rows * p.block_channels; i += threads) {
@@ -350,27 +354,33 @@ __device__ inline void stage_channels(const Params& p, const Track& track, float
   }
 }
 
-// The first of the staged channels' values, for a thread's channels; `channels` is at the first of them.
-template <int CH>
+// The first of the staged channels' values, for a thread's channels; `channels` is at the first of them. kHeld: rows of
+// dt_weight among them, at most kMinRank.
+template <int CH, int kHeld = 2>
 struct StepWeights {
-  float bias[CH], w[2][CH];
+  float bias[CH], w[kHeld][CH];
   __device__ StepWeights(const Params& p, const float* channels) {
     read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
-    read_floats<CH>(channels + kWeightRows * p.block_channels, w[0]);
-    read_floats<CH>(channels + (kWeightRows + 1) * p.block_channels, w[1]);
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[r]);
   }
 };
 
 // dt_bias + low rank * dt_weight of one token (rank > 0), from its staged row; zeros follow the low-rank part.
-template <int CH>
-__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH>& weights,
+template <int CH, int kHeld>
+__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
                                  const float* channels, float (&raw)[CH]) {
   const float* low = row + 2 * p.padded_states;
-  const float2 first = *reinterpret_cast<const float2*>(low);
+  float held[kHeld];
+  read_floats<kHeld>(low, held);
 #pragma unroll
-  for (int c = 0; c < CH; ++c) raw[c] = fmaf(first.y, weights.w[1][c], fmaf(first.x, weights.w[0][c], weights.bias[c]));
+  for (int c = 0; c < CH; ++c) {
+    raw[c] = weights.bias[c];
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) raw[c] = fmaf(held[r], weights.w[r][c], raw[c]);
+  }
 #pragma unroll 1
-  for (int r = 2; r < p.rank; r += 2) {
+  for (int r = kHeld; r < p.rank; r += 2) {
     const float2 pair = *reinterpret_cast<const float2*>(low + r);
     float w[2][CH];
     read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
@@ -403,22 +413,42 @@ __device__ inline void load_decays(const Params& p, const Track& track, int d, i
 // This thread's states from and to memory laid out [N, D].
 template <int NS, int CH>
 __device__ inline void load_state(const Params& p, const float* plane, int d, int lane, float (&h)[CH][NS]) {
+  if (d >= p.channels) return;
+  const float* from = plane + int64_t{lane} * NS * p.channels + d;
+  const int exist = p.states - lane * NS;
+  if (CH == 2 && p.channels % 2 == 0) {
 #pragma unroll
-  for (int i = 0; i < NS; ++i) {
-    const int n = lane * NS + i;
+    for (int i = 0; i < NS; ++i, from += p.channels) {
+      if (i >= exist) break;
+      const float2 pair = *reinterpret_cast<const float2*>(from);
+      h[0][i] = pair.x;
+      h[CH - 1][i] = pair.y;
+    }
+  } else {
 #pragma unroll
-    for (int c = 0; c < CH; ++c)
-      if (n < p.states && d + c < p.channels) h[c][i] = plane[int64_t{n} * p.channels + d + c];
+    for (int i = 0; i < NS; ++i, from += p.channels)
+#pragma unroll
+      for (int c = 0; c < CH; ++c)
+        if (i < exist && d + c < p.channels) h[c][i] = from[c];
   }
 }
 template <int NS, int CH>
 __device__ inline void store_state(const Params& p, float* plane, int d, int lane, const float (&h)[CH][NS]) {
+  if (d >= p.channels) return;
+  float* to = plane + int64_t{lane} * NS * p.channels + d;
+  const int exist = p.states - lane * NS;
+  if (CH == 2 && p.channels % 2 == 0) {
 #pragma unroll
-  for (int i = 0; i < NS; ++i) {
-    const int n = lane * NS + i;
+    for (int i = 0; i < NS; ++i, to += p.channels) {
+      if (i >= exist) break;
+      *reinterpret_cast<float2*>(to) = make_float2(h[0][i], h[CH - 1][i]);
+    }
+  } else {
 #pragma unroll
-    for (int c = 0; c < CH; ++c)
-      if (n < p.states && d + c < p.channels) plane[int64_t{n} * p.channels + d + c] = h[c][i];
+    for (int i = 0; i < NS; ++i, to += p.channels)
+#pragma unroll
+      for (int c = 0; c < CH; ++c)
+        if (i < exist && d + c < p.channels) to[c] = h[c][i];
   }
 }
 
@@ -455,8 +485,20 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* sc
     float* state = p.chunk_state + mbk * p.chunks * plane + in_plane;
     const float* steps = p.chunk_steps + mbk * p.chunks * p.channels + d;
     float running = 0.f, step_sum = 0.f;
-    auto walk = [&](bool write) {
-      for (int at = first; at < last; at += kBatch) {
+#pragma unroll 1
+    for (int pass = segments > 1 ? 0 : 1; pass < 2; ++pass) {
+      const bool write = pass == 1;
+      if (write && segments > 1) {
+        scratch[threadIdx.x] = make_float2(step_sum, running);
+        __syncthreads();
+        running = 0.f;
+        for (int s = 0; s < segment; ++s) {
+          const float2 before = scratch[s * across + place];
+          running = fmaf(exp2_fast(a * before.x), running, before.y);
+        }
+        __syncthreads();
+      }
+      for (int at = exists ? first : last; at < last; at += kBatch) {
         float summary[kBatch], step[kBatch];
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
@@ -476,19 +518,7 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* sc
           }
         }
       }
-    };
-    if (segments > 1) {
-      if (exists) walk(false);
-      scratch[threadIdx.x] = make_float2(step_sum, running);
-      __syncthreads();
-      running = 0.f;
-      for (int s = 0; s < segment; ++s) {
-        const float2 before = scratch[s * across + place];
-        running = fmaf(exp2_fast(a * before.x), running, before.y);
-      }
-      __syncthreads();
     }
-    if (exists) walk(true);
   }
 }
 

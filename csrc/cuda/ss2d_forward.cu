@@ -38,17 +38,19 @@ struct ForwardParams : Params {
   Round round[kMaxPaths];
   int rounds;
   // Shared memory of a warp, offsets in bytes. Two tiles of rows and activations are in flight.
-  int bases_at, rows_at, decoded_rows_at, x_at, delta_at, token_at, channels_at, warp_bytes;
+  int bases_at, offsets_at, rows_at, decoded_at, x_at, delta_at, steps_at, channels_at, warp_bytes;
 };
 
-// Adds v, CH neighbouring channels of which `exist` exist, to what is at `to`; or stores it there.
+// Adds v, CH neighbouring channels of which `exist` exist, to what is at `to`; or stores it there. `pairs`: the number
+// of channels is even, so two of them are aligned, and both exist or none. The statements do not clobber memory:
+// barriers order them, and between barriers the next token's loads may pass them.
 template <int CH>
-__device__ inline void merge(const ForwardParams& p, float* to, int exist, bool store, const float (&v)[CH]) {
+__device__ inline void merge(float* to, int exist, bool pairs, bool store, const float (&v)[CH]) {
   if constexpr (CH == 2) {
-    if (p.channels % 2 == 0) {  // aligned, and both exist or none
+    if (pairs) {
       if (exist < 2) return;
       if (store) {
-        *reinterpret_cast<float2*>(to) = make_float2(v[0], v[1]);
+        asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
       } else {
         add_at<2>(to, v);
       }
@@ -60,7 +62,7 @@ __device__ inline void merge(const ForwardParams& p, float* to, int exist, bool 
     if (c >= exist) break;
     const float one[1] = {v[c]};
     if (store) {
-      to[c] = one[0];
+      asm volatile("st.global.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]));
     } else {
       add_at<1>(to + c, one);
     }
@@ -68,155 +70,163 @@ __device__ inline void merge(const ForwardParams& p, float* to, int exist, bool 
 }
 
 struct ForwardBases : Bases {
-  float* sum;  // first channel of the block
+  float* sum;   // first channel of the block
+  int64_t mbk;  // number of the track
   __device__ ForwardBases(const ForwardParams& p, const Track& t) : Bases(p, t) {
     sum = p.sum + (int64_t{t.m} * p.batch + t.b) * p.tokens * p.channels + t.first_d;
+    mbk = t.mbk(p);
   }
 };
 
-// Step and input of the thread's channels, at its share of a tile's tokens. kGeneral: with a delta of its own, or
-// without softplus.
-template <int CH, bool kZoh, bool kHalf, bool kGeneral>
-__device__ inline void prepare(const ForwardParams& p, const Seat& seat, const float* rows, const float* channels,
-                               const char* raw_x, const char* raw_delta, int first, float* tokens) {
-  const int x_bytes = p.block_channels * (kHalf ? 2 : 4);
-  const StepWeights<CH> weights(p, channels);
-#pragma unroll(kGeneral ? 1 : 4)
-  for (int t = first; t < kTile; t += p.state_lanes) {
-    float x[CH], raw[CH], token[2 * CH];
-    read_activation<CH, kHalf>(p, raw_x + t * x_bytes, seat.c, x);
-    if (!kGeneral || p.rank > 0) {
-      token_raw<CH>(p, rows + t * p.pitch, weights, channels, raw);
+// The steps of the thread's channels at its share of a tile's tokens, into `steps`, rows of block_channels.
+template <int CH>
+__device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, const float* rows,
+                                     const StepWeights<CH, kMinRank>& weights, const float* channels,
+                                     const char* raw_delta, float* steps) {
+#pragma unroll 1
+  for (int t = seat.lane; t < kTile; t += p.state_lanes) {
+    float raw[CH];
+    if (p.rank > 0) {
+      token_raw(p, rows + t * p.pitch, weights, channels, raw);
     } else {
-      read_activation<CH, kHalf>(p, raw_delta + t * x_bytes, seat.c, raw);
+      const char* const row = raw_delta + t * p.block_channels * p.element();
+      if (p.half) {
+        read_activation<CH, true>(p, row, seat.c, raw);
+      } else {
+        read_activation<CH, false>(p, row, seat.c, raw);
+      }
 #pragma unroll
       for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
     }
+    if (p.softplus) {
 #pragma unroll
-    for (int c = 0; c < CH; ++c) {
-      token[c] = !kGeneral || p.softplus ? softplus(raw[c]) : raw[c];
-      token[CH + c] = kZoh ? x[c] : token[c] * x[c];
+      for (int c = 0; c < CH; ++c) raw[c] = softplus(raw[c]);
     }
-    write_floats<2 * CH>(tokens + t * 2 * p.block_channels, token);
+    write_floats<CH>(steps + t * p.block_channels, raw);
   }
 }
 
+// 16-bit values staged at `from` as floats at `to`; `count` is a multiple of 4.
+__device__ inline void decode_staged(const char* from, float* to, int count, DType dtype) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32 * 4; i < count; i += 32 * 4)
+    *reinterpret_cast<float4*>(to + i) = decode_quad(from + i * 2, dtype);
+}
+
 // Walks tokens [from, to) of the axis along one path. `a` and h are the thread's decays and its state, in and out.
-// Summaries (!kOutput) also add up the steps of the lane's share of the tokens. `visits_first`: nobody has written y of
-// these tokens yet.
-template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kOutput>
+// Summaries (!kOutput) also add up the steps. `visits_first`: nobody has written y of these tokens yet.
+// kAlone: the thread holds all states of its channels, the step is the softplus of a low-rank part, and is computed
+// where the token is scanned. Otherwise the lanes of a channel share the work of a tile's steps beforehand.
+template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kAlone, bool kOutput>
 __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
                      const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
   constexpr int kQuad = NS < 4 ? NS : 4;
-  const int element = p.element(), row_bytes = p.pitch * element, x_bytes = p.block_channels * element;
   const int tiles = (to - from + kTile - 1) / kTile;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   auto first_token = [&](int tile) { return from + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
-  // Starts the copies of a tile; returns the pixel of this lane's token. Past the end: the last token once more.
+  // Starts the copies of a tile and notes where its tokens are in y. Past the end: the last token once more.
   auto issue = [&](int tile) {
-    const int lane = opaque(seat.copy_lane);
-    const int real_bytes = min(p.block_channels, p.channels - track.first_d) * element;
-    const int pixel = track.pixel(p, min(first_token(tile) + seat.copy_token, to - 1));
-    const int slot = (tile & 1) * kTile + seat.copy_token;
-    copy_proj<true, kOutput, kTokenLanes>(p, bases, pixel, seat.shared + p.rows_at + slot * row_bytes, lane,
+    const int lane = opaque(seat.copy_lane), element = opaque(p.element());
+    const int real_bytes = min(p.block_channels, p.channels - opaque(track.first_d)) * element;
+    const int pixel = track.pixel(p, min(first_token(tile) + opaque(seat.copy_token), to - 1));
+    const int slot = (tile & 1) * kTile + opaque(seat.copy_token), x_bytes = p.block_channels * element;
+    char* const shared = seat.shared + opaque(0);
+    if (kOutput && lane == 0) reinterpret_cast<int64_t*>(shared + p.offsets_at)[slot] = int64_t{pixel} * p.channels;
+    copy_proj<true, kOutput, kTokenLanes>(p, bases, pixel, shared + p.rows_at + slot * p.pitch * element, lane,
                                           kTokenLanes);
-    copy_row<kTokenLanes>(seat.shared + p.x_at + slot * x_bytes, bases.x + int64_t{pixel} * p.x.pixel, real_bytes,
+    copy_row<kTokenLanes>(shared + p.x_at + slot * x_bytes, bases.x + int64_t{pixel} * p.x.pixel, real_bytes,
                           p.x.granule, lane, kTokenLanes);
-    if (p.rank == 0)
-      copy_row<kTokenLanes>(seat.shared + p.delta_at + slot * x_bytes, bases.delta + int64_t{pixel} * p.delta.pixel,
+    if (!kAlone && p.rank == 0)
+      copy_row<kTokenLanes>(shared + p.delta_at + slot * x_bytes, bases.delta + int64_t{pixel} * p.delta.pixel,
                             real_bytes, p.delta.granule, lane, kTokenLanes);
     copies_commit();
-    return pixel;
   };
 
-  int next_pixel = 0;
+  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
+  const StepWeights<CH, kMinRank> weights(p, channels);
+  float skip[CH] = {};
+  if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
+
+  issue(0);
 #pragma unroll 1
-  for (int tile = -1; tile < tiles; ++tile) {
-    const int q0 = first_token(tile), buffer = (tile & 1) * kTile, pixel = next_pixel;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int q0 = first_token(tile), buffer = (tile & 1) * kTile;
+    char* const shared = seat.shared + opaque(0);
+    const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * p.pitch * p.element());
+    const float* x_rows = reinterpret_cast<const float*>(shared + p.x_at + buffer * p.block_channels * p.element());
     copies_wait();
     __syncwarp();
-    if (tile + 1 < tiles) next_pixel = issue(tile + 1);  // into the buffer that everyone has left
-    if (tile < 0) continue;
-    const float* rows = reinterpret_cast<const float*>(seat.shared + p.rows_at + buffer * row_bytes);
+    if (tile + 1 < tiles) issue(tile + 1);  // into the buffer that everyone has left
     if (p.half) {
-      float* decoded = reinterpret_cast<float*>(seat.shared + p.decoded_rows_at);
-      for (int i = seat.copy_lane * 4; i < p.pitch; i += kTokenLanes * 4)
-        *reinterpret_cast<float4*>(decoded + seat.copy_token * p.pitch + i) =
-            decode_quad(seat.shared + p.rows_at + (buffer + seat.copy_token) * row_bytes + i * 2, p.dtype);
+      float* const decoded = reinterpret_cast<float*>(shared + p.decoded_at);
+      decode_staged(reinterpret_cast<const char*>(rows), decoded, kTile * p.pitch, p.dtype);
+      decode_staged(reinterpret_cast<const char*>(x_rows), decoded + kTile * p.pitch, kTile * p.block_channels,
+                    p.dtype);
       rows = decoded;
+      x_rows = decoded + kTile * p.pitch;
+      __syncwarp();
+    }
+    const float* steps = reinterpret_cast<const float*>(shared + p.steps_at) + seat.c;
+    if constexpr (!kAlone) {
+      compute_steps<CH>(p, seat, rows, weights, channels, shared + p.delta_at + buffer * p.block_channels * p.element(),
+                        const_cast<float*>(steps));
       __syncwarp();
     }
 
-    const char* const raw_x = seat.shared + p.x_at + buffer * x_bytes;
-    float* const tokens = reinterpret_cast<float*>(seat.shared + p.token_at) + seat.c * 2;
-    const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-    const int first = opaque(seat.lane);
-    if (p.rank > 0 && p.softplus) {
-      if (p.half) {
-        prepare<CH, kZoh, true, false>(p, seat, rows, channels, raw_x, nullptr, first, tokens);
-      } else {
-        prepare<CH, kZoh, false, false>(p, seat, rows, channels, raw_x, nullptr, first, tokens);
-      }
-    } else {
-      const char* const raw_delta = seat.shared + p.delta_at + buffer * x_bytes;
-      if (p.half) {
-        prepare<CH, kZoh, true, true>(p, seat, rows, channels, raw_x, raw_delta, first, tokens);
-      } else {
-        prepare<CH, kZoh, false, true>(p, seat, rows, channels, raw_x, raw_delta, first, tokens);
-      }
-    }
-    if (q0 + kTile > to) {
-      // A token past the end must leave the state alone: step 0 means decay 1, and nothing is added.
-      for (int t = first; t < kTile; t += p.state_lanes) {
-        const float nothing[2 * CH] = {};
-        if (q0 + t >= to) write_floats<2 * CH>(tokens + t * 2 * p.block_channels, nothing);
-      }
-    }
-    if constexpr (!kOutput) {
-      for (int t = first; t < kTile; t += p.state_lanes)
-#pragma unroll
-        for (int c = 0; c < CH; ++c) step_sum[c] += tokens[t * 2 * p.block_channels + c];
-    }
-    __syncwarp();
-
-    const int d = track.first_d + seat.c;
     if constexpr (kOutput) {
       const bool enters_piece =
           track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0 || q0 + kTile >= p.tokens : q0 % int{kCheckpoint} == 0;
       if (p.saved_states != nullptr && enters_piece) {
-        const int64_t piece = track.mbk(p) * p.pieces() + q0 / int{kCheckpoint};
-        store_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, d, seat.lane, h);
+        const int64_t piece = bases.mbk * p.pieces() + q0 / int{kCheckpoint};
+        store_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, opaque(track.first_d) + seat.c,
+                            seat.lane, h);
       }
     }
 
-    float* const sum = kOutput ? bases.sum + seat.c : nullptr;
-    float skip[CH] = {};
-    if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
+    const int count = min(kTile, to - q0), first = track.reversed ? count - 1 : 0;
+    const int row_step = track.reversed ? -p.pitch : p.pitch;
+    const int x_step = track.reversed ? -p.block_channels : p.block_channels;
+    const float* row = rows + first * p.pitch;
+    const float* x_row = x_rows + first * p.block_channels + seat.c;
+    const int64_t* offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer + first;
+    if constexpr (!kAlone) steps += first * p.block_channels;
 #pragma unroll 2
-    for (int i = 0; i < kTile; ++i) {
-      const int t = track.reversed ? kTile - 1 - i : i;
-      float token[2 * CH];
-      read_floats<2 * CH>(tokens + t * 2 * p.block_channels, token);
-      const float* row = rows + t * p.pitch + seat.lane * NS;
+    for (int i = 0; i < count; ++i) {
+      float x[CH], step[CH], input[CH];
+      read_floats<CH>(x_row, x);
+      if constexpr (kAlone) {
+        token_raw(p, row, weights, channels, step);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step[c] = softplus(step[c]);
+      } else {
+        read_floats<CH>(steps, step);
+        steps += x_step;
+      }
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        input[c] = kZoh ? x[c] : step[c] * x[c];
+        if constexpr (!kOutput) step_sum[c] += step[c];
+      }
+      const float* const bc = kAlone ? row : row + seat.lane * NS;
       float shared_decay[CH];
       if constexpr (kSharedDecay) {
 #pragma unroll
-        for (int c = 0; c < CH; ++c) shared_decay[c] = exp2_fast(token[c] * a[c][0]);
+        for (int c = 0; c < CH; ++c) shared_decay[c] = exp2_fast(step[c] * a[c][0]);
       }
       float partial[CH][2] = {};
 #pragma unroll
       for (int first = 0; first < NS; first += kQuad) {
         float b[kQuad], cc[kQuad];
-        read_floats<kQuad>(row + first, b);
-        if constexpr (kOutput) read_floats<kQuad>(row + p.padded_states + first, cc);
+        read_floats<kQuad>(bc + first, b);
+        if constexpr (kOutput) read_floats<kQuad>(bc + p.padded_states + first, cc);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
 #pragma unroll
           for (int j = 0; j < kQuad; ++j) {
             const float a_j = a[c][kSharedDecay ? 0 : first + j];
-            const float decay = kSharedDecay ? shared_decay[c] : exp2_fast(token[c] * a_j);
-            float u = token[CH + c];
-            if constexpr (kZoh) u *= zoh_weight(token[c], token[c] * (a_j * kLn2), decay, a_j * kLn2);
+            const float decay = kSharedDecay ? shared_decay[c] : exp2_fast(step[c] * a_j);
+            float u = input[c];
+            if constexpr (kZoh) u *= zoh_weight(step[c], step[c] * (a_j * kLn2), decay, a_j * kLn2);
             float& state = h[c][first + j];
             state = fmaf(decay, state, u * b[j]);
             if constexpr (kOutput) partial[c][j % 2] = fmaf(cc[j], state, partial[c][j % 2]);
@@ -224,26 +234,26 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
         }
       }
       if constexpr (kOutput) {
-        float y[CH], x[CH];
-        if (p.half) {
-          read_activation<CH, true>(p, raw_x + t * x_bytes, seat.c, x);
-        } else {
-          read_activation<CH, false>(p, raw_x + t * x_bytes, seat.c, x);
-        }
+        float y[CH];
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           y[c] = partial[c][0] + partial[c][1];
-          for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
+          if constexpr (!kAlone)
+            for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
           y[c] = fmaf(skip[c], x[c], y[c]);
         }
-        const int64_t at = int64_t{__shfl_sync(0xffffffffu, pixel, t * kTokenLanes)} * p.channels;
-        if (seat.lane == 0 && q0 + t < to) merge<CH>(p, sum + at, p.channels - d, visits_first, y);
+        if (kAlone || seat.lane == 0)
+          merge<CH>(bases.sum + *offset + seat.c, p.channels - track.first_d - seat.c, p.channels % 2 == 0,
+                    visits_first, y);
+        offset += track.reversed ? -1 : 1;
       }
+      row += row_step;
+      x_row += x_step;
     }
   }
 }
 
-template <int NS, int CH, bool kSharedDecay, bool kZoh>
+template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kAlone>
 __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     ss2d_forward_kernel(const __grid_constant__ ForwardParams p) {
   extern __shared__ float4 shared_base[];
@@ -252,15 +262,15 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   const Seat seat = {in_warp & (p.state_lanes - 1), (in_warp >> p.lane_shift) * CH, in_warp % kTokenLanes,
                      in_warp / kTokenLanes, reinterpret_cast<char*>(shared_base) + warp * p.warp_bytes};
   const int64_t plane = int64_t{p.states} * p.channels;
-  const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.chunks;
+  const int tasks = p.modalities * p.batch * p.groups * p.chunks;
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
   for (int i = in_warp * 4; i < p.warp_bytes; i += 32 * 4) *reinterpret_cast<float*>(seat.shared + i) = 0.f;
   __syncwarp();
   // The track of a path for task (modality, batch item, channel block, chunk), the last fastest.
-  auto track_of = [&](int64_t task, int path) {
-    const int64_t sequence = task / p.chunks;
-    const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
+  auto track_of = [&](int task, int path) {
+    const int sequence = task / p.chunks;
+    const Track track(p, sequence / p.groups, path, sequence % p.groups);
     __syncwarp();  // nobody reads what the walk before needed
     stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32);
     if (in_warp == 0) *reinterpret_cast<ForwardBases*>(seat.shared + p.bases_at) = ForwardBases(p, track);
@@ -269,22 +279,19 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   };
 
   if (p.chunks > 1) {
-    for (int64_t item = int64_t{blockIdx.x} * kWarps + warp; item < tasks * p.paths;
-         item += int64_t{gridDim.x} * kWarps) {
-      const Track track = track_of(item / p.paths, static_cast<int>(item % p.paths));
-      const int chunk = static_cast<int>(item / p.paths % p.chunks), begin = chunk * p.chunk;
+    for (int item = blockIdx.x * kWarps + warp; item < tasks * p.paths; item += gridDim.x * kWarps) {
+      const Track track = track_of(item / p.paths, item % p.paths);
+      const int chunk = item / p.paths % p.chunks, begin = chunk * p.chunk;
       const int d = track.first_d + seat.c;
       float a[CH][kSharedDecay ? 1 : NS], h[CH][NS] = {}, step_sum[CH] = {};
       load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
-      walk<NS, CH, kSharedDecay, kZoh, false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false, a, h,
-                                              step_sum);
+      walk<NS, CH, kSharedDecay, kZoh, kAlone, false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false, a,
+                                                      h, step_sum);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, h);
 #pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        for (int off = 1; off < p.state_lanes; off *= 2) step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], off);
+      for (int c = 0; c < CH; ++c)
         if (seat.lane == 0 && d + c < p.channels) p.chunk_steps[at * p.channels + d + c] = step_sum[c];
-      }
     }
     grid.sync();
     prefix_chunks<kSharedDecay>(
@@ -297,12 +304,11 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     if (r > 0) grid.sync();
     const bool pair = p.round[r].path[1] >= 0;
     const int path = p.round[r].path[pair ? warp : 0], tasks_per_block = pair ? 1 : kWarps;
-    for (int64_t first = int64_t{blockIdx.x} * tasks_per_block; first < tasks;
-         first += int64_t{gridDim.x} * tasks_per_block) {
-      const int64_t task = first + (pair ? 0 : warp);
+    for (int first = blockIdx.x * tasks_per_block; first < tasks; first += gridDim.x * tasks_per_block) {
+      const int task = first + (pair ? 0 : warp);
       const bool works = task < tasks;
       const Track track = track_of(works ? task : 0, path);
-      const int chunk = static_cast<int>(task % p.chunks);
+      const int chunk = task % p.chunks;
       const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
       const int middle = min(begin + (end - begin + 2 * kTile - 1) / (2 * kTile) * kTile, end);
       const int d = track.first_d + seat.c;
@@ -315,8 +321,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
         const bool upper = (part == 1) != track.reversed;
         const int from = upper ? middle : begin, to = upper ? end : middle;
         if (works && from < to)
-          walk<NS, CH, kSharedDecay, kZoh, true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair), a, h,
-                                                 unused);
+          walk<NS, CH, kSharedDecay, kZoh, kAlone, true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair), a, h,
+                                                         unused);
         __syncthreads();  // the other warp's half is written
       }
       const bool final_chunk = chunk == (track.reversed ? 0 : p.chunks - 1);
@@ -341,31 +347,47 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
 
 using ForwardKernel = void (*)(ForwardParams);
 
-// A thread's share: NS states of CH channels. Zero-order hold and shared decays are compiled for fewer shares.
+// A thread's share: NS states of CH channels. Zero-order hold, shared decays and channels shared by several threads are
+// compiled for fewer shares.
 struct Share {
   int states, channels;
 };
 constexpr Share kShares[] = {{16, 2}, {16, 1}, {8, 2}, {8, 1}, {4, 2}, {1, 2}, {1, 1}};
 
-template <bool kSharedDecay, bool kZoh>
-ForwardKernel kernel_with(const Share& share) {
-  if (share.states == 16 && share.channels == 2) return ss2d_forward_kernel<16, 2, kSharedDecay, kZoh>;
-  if (share.states == 4 && share.channels == 2) return ss2d_forward_kernel<4, 2, kSharedDecay, kZoh>;
-  if constexpr (!kZoh) {
-    if (share.states == 16 && share.channels == 1) return ss2d_forward_kernel<16, 1, kSharedDecay, kZoh>;
-    if (share.states == 8 && share.channels == 2) return ss2d_forward_kernel<8, 2, kSharedDecay, kZoh>;
-    if (share.states == 8 && share.channels == 1) return ss2d_forward_kernel<8, 1, kSharedDecay, kZoh>;
+template <bool kSharedDecay>
+ForwardKernel alone_kernel(const Share& share) {
+  constexpr bool kAlone = true;
+  if (share.channels == 2) {
+    if (share.states == 16) return ss2d_forward_kernel<16, 2, kSharedDecay, false, kAlone>;
+    if (share.states == 8) return ss2d_forward_kernel<8, 2, kSharedDecay, false, kAlone>;
+    if (share.states == 4) return ss2d_forward_kernel<4, 2, kSharedDecay, false, kAlone>;
+  } else {
+    if (share.states == 16) return ss2d_forward_kernel<16, 1, kSharedDecay, false, kAlone>;
+    if (share.states == 8) return ss2d_forward_kernel<8, 1, kSharedDecay, false, kAlone>;
   }
-  if constexpr (!kZoh && !kSharedDecay) {
-    if (share.states == 1 && share.channels == 2) return ss2d_forward_kernel<1, 2, kSharedDecay, kZoh>;
-    if (share.states == 1 && share.channels == 1) return ss2d_forward_kernel<1, 1, kSharedDecay, kZoh>;
+  if constexpr (!kSharedDecay) {
+    if (share.states == 1 && share.channels == 2) return ss2d_forward_kernel<1, 2, kSharedDecay, false, kAlone>;
+    if (share.states == 1 && share.channels == 1) return ss2d_forward_kernel<1, 1, kSharedDecay, false, kAlone>;
   }
   return nullptr;
 }
+template <bool kSharedDecay, bool kZoh>
+ForwardKernel shared_kernel(const Share& share) {
+  if (share.channels != 2) return nullptr;
+  if (share.states == 16) return ss2d_forward_kernel<16, 2, kSharedDecay, kZoh, false>;
+  if (share.states == 4) return ss2d_forward_kernel<4, 2, kSharedDecay, kZoh, false>;
+  if constexpr (!kSharedDecay && !kZoh) {
+    if (share.states == 1) return ss2d_forward_kernel<1, 2, kSharedDecay, kZoh, false>;
+  }
+  return nullptr;
+}
+// Null where it was not compiled.
 ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
-  const bool zoh = problem.discretization == Discretization::zoh;
-  if (has_shared_decay(problem)) return zoh ? kernel_with<true, true>(share) : kernel_with<true, false>(share);
-  return zoh ? kernel_with<false, true>(share) : kernel_with<false, false>(share);
+  const bool zoh = problem.discretization == Discretization::zoh, shared_decay = has_shared_decay(problem);
+  if (share.states >= problem.states && problem.rank > 0 && problem.softplus && !zoh)
+    return shared_decay ? alone_kernel<true>(share) : alone_kernel<false>(share);
+  if (shared_decay) return zoh ? shared_kernel<true, true>(share) : shared_kernel<true, false>(share);
+  return zoh ? shared_kernel<false, true>(share) : shared_kernel<false, false>(share);
 }
 
 Layout layout_of(const SS2DProblem& problem) {
@@ -398,11 +420,12 @@ void lay_out(const SS2DProblem& problem, const Layout& layout, ForwardParams& pa
   const int element = problem.dtype == DType::f32 ? 4 : 2;
   SharedBytes shared;
   params.bases_at = shared.reserve(sizeof(ForwardBases));
+  params.offsets_at = shared.reserve(2 * kTile * 8);
   params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
-  params.decoded_rows_at = element == 2 ? shared.reserve(kTile * layout.pitch * 4) : 0;
+  params.decoded_at = element == 2 ? shared.reserve(kTile * (layout.pitch + layout.block_channels) * 4) : 0;
   params.x_at = shared.reserve(2 * kTile * layout.block_channels * element);
   params.delta_at = problem.rank == 0 ? shared.reserve(2 * kTile * layout.block_channels * element) : 0;
-  params.token_at = shared.reserve(kTile * layout.block_channels * 8);
+  params.steps_at = shared.reserve(kTile * layout.block_channels * 4);
   params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * layout.block_channels * 4);
   params.warp_bytes = shared.count;
 }
