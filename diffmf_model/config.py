@@ -43,8 +43,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of Eq. 14 (lambda 1, 2, 3) and of Eq. 11 (w 1, 2)."""
+    """Weights of Eq. 14 (lambda 1, 2, 3) and of Eq. 11 (w 1, 2), and what the fused image is compared with."""
 
+    target: Literal["maximum", "salient"] = "maximum"  # Eqs. 12 and 13, or `loss.salient_target`
+    contrast: float = _within(1.0, 0.0)  # salient: gain of the intensities
+    level: float = _within(0.5, 0.0, 1.0)  # salient: what mid-grey becomes
+    detail: float = _within(1.0, 0.0)  # salient: gain of the gradients
+    shared: float = _within(0.0, 0.0)  # salient: part of both sources that is added to the chosen one
+    regions: float = _within(0.0, 0.0)  # salient: how much the intensities follow the choice of the gradients
+    window: float = _within(4.0, 0.5)  # salient: sigma, in pixels, of the regions that choose the gradients
     ssim: float = _within(10.0, 0.0)
     texture: float = _within(20.0, 0.0)
     intensity: float = _within(20.0, 0.0)
@@ -56,6 +63,7 @@ class LossConfig:
 class DataConfig:
     crop_size: int = _within(128, 11)  # pixels; 11 is the SSIM window
     batch_size: int = _within(4, 1)  # per process
+    jitter: float = _within(0.0, 0.0, 0.9)  # each source's contrast falls by up to this part, at a random brightness
     workers: int = _within(0, 0)  # 0 loads in the training process, from memory
 
 
@@ -73,6 +81,7 @@ class TrainConfig:
     validate_epochs: int = _within(1, 1)
     save_steps: int = _within(200, 1)
     max_minutes: float = _within(0.0, 0.0)  # stop after saving; 0 for no limit
+    fit_minutes: float = _within(0.0, 0.0)  # plan no more steps than this time allows, measured at the start; 0 for all
     best_by: str = "VIF+Qabf+SSIM"  # validation metrics to add up and maximize, or "loss" to minimize
 
 

@@ -125,12 +125,14 @@ class RandomCrops(Dataset):
     """Training crops of a PairDataset: the same window and the same flips for both images.
 
     Item: dict(name, ir (1, size, size), vi_y (1, size, size)), float32 in [0, 1]. Images smaller than the crop are
-    padded by reflection. The crop is a pure function of (seed, epoch, index), so it depends neither on the number of
-    worker processes nor on what was drawn before: a resumed run sees what the uninterrupted one would have seen.
+    padded by reflection. With jitter, each image x of a pair becomes c x + b, c drawn from [1 - jitter, 1] and b from
+    [0, 1 - c], for the two independently: duller, darker or brighter, never clipped. The crop is a pure function of
+    (seed, epoch, index), so it depends neither on the number of worker processes nor on what was drawn before: a
+    resumed run sees what the uninterrupted one would have seen.
     """
 
-    def __init__(self, pairs: PairDataset, size: int, seed: int = 0):
-        self.pairs, self.size, self.seed = pairs, size, seed
+    def __init__(self, pairs: PairDataset, size: int, seed: int = 0, jitter: float = 0.0):
+        self.pairs, self.size, self.seed, self.jitter = pairs, size, seed, jitter
         # In shared memory, so that persistent DataLoader workers see set_epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -153,7 +155,12 @@ class RandomCrops(Dataset):
             lack = [self.size - extent for extent in crop.shape[:2]]
             crop = np.pad(crop, [(n // 2, n - n // 2) for n in lack] + [(0, 0)], mode="reflect") if any(lack) else crop
             crops.append(crop[:: steps[0], :: steps[1]])
-        return _item(self.pairs.pairs[index].name, *crops)
+        item = _item(self.pairs.pairs[index].name, *crops)
+        if self.jitter:
+            for key in ("ir", "vi_y"):
+                contrast = 1 - self.jitter * random.random()
+                item[key] = contrast * item[key] + (1 - contrast) * random.random()
+        return item
 
 
 def check_same_size(ir: object, vi: object, ir_size: tuple[int, ...], vi_size: tuple[int, ...]) -> None:

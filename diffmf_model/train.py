@@ -81,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+WARM_STEPS, TIMED_STEPS = 10, 30  # train.fit_minutes times the second after the first
+RESERVE = 0.06  # part of train.fit_minutes for validation, saving and a machine that slows down
+
+
 class EpochBatches(Sampler[list[int]]):
     """This process's batches of an epoch, from a given step on; the remainder below a full global batch is left out."""
 
@@ -123,7 +127,9 @@ class Trainer:
         self.config, self.folder, self.device, self.rank, self.world = config, folder, device, rank, world
         settings = config.train
         self.score_names = _score_names(settings.best_by)
-        self.crops = RandomCrops(PairDataset(data, split="train"), config.data.crop_size, seed=settings.seed)
+        self.crops = RandomCrops(
+            PairDataset(data, split="train"), config.data.crop_size, settings.seed, config.data.jitter
+        )
         self.validation_pairs = PairDataset(data, split="val")
         self.global_batch = config.data.batch_size * world
         self.batches = EpochBatches(len(self.crops), config.data.batch_size, rank, world, settings.seed)
@@ -152,6 +158,7 @@ class Trainer:
         if settings.ema > 0:
             self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self.step, self.validations, self.best = 0, 0, None
+        self.fitted_steps, self.timed_from = 0, 0.0
         self.started, self.rate = time.monotonic(), 0.0
         self.record = {"data": str(data), "environment": environment(device.type), "processes": world}
         self.files = contextlib.ExitStack()
@@ -175,6 +182,8 @@ class Trainer:
     def restore(self, path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
         restore_training_state(path, tensors, self.model, self.optimizer, self.averaged)
         self.step, self.validations, self.best = info["step"], info["validations"], info["best"]
+        self.fitted_steps = info.get("fitted_steps", 0) if self.config.train.fit_minutes else 0
+        self.total_steps = self.fitted_steps or self.total_steps
 
     def train(self) -> None:
         if self.device.type == "cuda":
@@ -194,8 +203,12 @@ class Trainer:
                 self.crops.set_epoch(epoch)
                 for batch in self.loader:
                     record, stop = self._train_step(batch)
+                    if self.config.train.fit_minutes and not self.fitted_steps:
+                        self._fit_steps(self.step - first)
+                        progress.total = self.total_steps
                     self.rate = (self.step - first) * self.global_batch / (time.monotonic() - self.started)
                     progress.set_postfix_str(f"loss {record['loss']:.4f}, {self.rate:.1f} images/s", refresh=False)
+                    stop = stop or self.step >= self.total_steps
                     self._after_step(record, stop)
                     progress.update()
                     if stop:
@@ -238,13 +251,29 @@ class Trainer:
         record |= {"texture": texture, "intensity": intensity, "gradient_norm": norm, "lr": rate}
         return record, late > 0
 
+    def _fit_steps(self, done: int) -> None:
+        """Ends the schedule within train.fit_minutes, from the time of the steps that this process has done so far.
+
+        The number is chosen once and saved: a resumed run keeps it.
+        """
+        if done == WARM_STEPS:
+            self.timed_from = time.monotonic()
+        if done == WARM_STEPS + TIMED_STEPS:
+            now = time.monotonic()
+            left = 60 * self.config.train.fit_minutes * (1 - RESERVE) - (now - self.started)
+            fitting = torch.tensor(self.step + max(0.0, left) * TIMED_STEPS / (now - self.timed_from))
+            if self.world > 1:
+                fitting = fitting.to(self.device)
+                dist.all_reduce(fitting, dist.ReduceOp.MIN)
+            self.total_steps = self.fitted_steps = min(self.total_steps, int(fitting.item()))
+
     def _after_step(self, record: dict, stop: bool) -> None:
         if self.log is not None:
             self.log.write(json.dumps(record) + "\n")
         if self.board is not None and self.step % self.config.logging.scalar_steps == 0:
             for name in ("loss", "ssim", "texture", "intensity", "gradient_norm", "lr"):
                 self.board.add_scalar(f"train/{name}", record[name], self.step)
-        last = self.step == self.total_steps
+        last = self.step >= self.total_steps
         validating = last or self.step % (len(self.batches) * self.config.train.validate_epochs) == 0
         if validating:
             self._validate()
@@ -291,6 +320,7 @@ class Trainer:
     def _save(self) -> None:
         if self.rank == 0:
             info = {"step": self.step, "validations": self.validations, "best": self.best}
+            info |= {"fitted_steps": self.fitted_steps}
             info |= {"global_batch": self.global_batch, "config": to_dict(self.config)}
             save_model(self.folder / "last.safetensors", self._weights_to_keep())
             save_training_state(self.folder / "state.safetensors", self.model, self.optimizer, self.averaged, info)

@@ -164,3 +164,20 @@ def test_shared_data_sets_load(data):
     assert [len(each) for each in roadscene.values()] == [156, 15, 50]
     assert not set(roadscene["train"].names) & set(roadscene["test"].names)
     assert RandomCrops(roadscene["train"], 256)[7]["vi_y"].shape == (1, 256, 256)
+
+
+def test_jitter_dulls_each_source_on_its_own_and_never_clips(pairs):
+    dataset = PairDataset(pairs(["a"]))
+    plain, jittered = RandomCrops(dataset, 24, seed=3), RandomCrops(dataset, 24, seed=3, jitter=0.6)
+    contrasts = []
+    for epoch in range(40):
+        plain.set_epoch(epoch)
+        jittered.set_epoch(epoch)
+        for key in ("ir", "vi_y"):
+            x, y = plain[0][key].double(), jittered[0][key].double()
+            contrast = ((y - y.mean()) * (x - x.mean())).sum() / (x - x.mean()).square().sum()
+            offset = (y - contrast * x).mean()
+            torch.testing.assert_close(y, contrast * x + offset, atol=1e-6, rtol=0)  # the same window and flips
+            assert 0.4 - 1e-4 <= contrast <= 1 and -1e-4 <= offset <= 1 - contrast + 1e-4
+            contrasts.append(contrast.item())
+    assert np.ptp(contrasts) > 0.4 and abs(np.corrcoef(contrasts[::2], contrasts[1::2])[0, 1]) < 0.5

@@ -7,7 +7,7 @@ from scipy import ndimage
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffmf_model.config import LossConfig
-from diffmf_model.loss import FusionLoss, sobel_magnitude, ssim
+from diffmf_model.loss import FusionLoss, salient_target, sobel, sobel_magnitude, ssim
 
 
 def images(count, *shape):
@@ -82,3 +82,60 @@ def test_autocast_computes_in_fp32():
 def test_images_below_the_window_are_refused():
     with pytest.raises(ValueError, match=r"at least 11x11 pixels, found \(10, 20\)"):
         ssim(torch.rand(1, 1, 10, 20), torch.rand(1, 1, 10, 20))
+
+
+SALIENT = LossConfig(target="salient", contrast=1.3, level=0.45, detail=1.4, shared=0.1, regions=1.5, window=2.0)
+
+
+def test_salient_target_is_its_formula():
+    ir, vi = images(2, 2, 24, 31)
+    goal, gradient = salient_target(ir, vi, SALIENT)
+    for index in range(2):
+        a, b = (image[index, 0].double().numpy() for image in (ir, vi))
+        edges = [[ndimage.sobel(x, axis, mode="nearest") for axis in (1, 0)] for x in (a, b)]
+        activity = [ndimage.gaussian_filter(np.abs(e).sum(0), 2.0, mode="nearest", truncate=3.0) + 0.01 for e in edges]
+        weight = activity[0] ** 8 / (activity[0] ** 8 + activity[1] ** 8)
+        expected = 1.4 * (weight * np.array(edges[0]) + (1 - weight) * np.array(edges[1]))
+        np.testing.assert_allclose(gradient[index], expected, atol=1e-4)
+        share = 1 / (1 + np.exp(-10 * (a - b) - 1.5 * (2 * weight - 1)))
+        chosen = (share * a + (1 - share) * b + 0.1 * (a + b)) / 1.1
+        expected = 0.45 + 1.3 * (chosen - 0.5)
+        inside = (expected > 0.08) & (expected < 0.92)
+        assert inside.mean() > 0.5
+        np.testing.assert_allclose(goal[index, 0].numpy()[inside], expected[inside], atol=1e-4)
+    assert goal.min() > 0 and goal.max() < 1
+
+
+def test_salient_target_of_one_image_twice_is_that_image():
+    image = 0.1 + 0.8 * images(1, 2, 16, 19)[0]
+    goal, gradient = salient_target(image, image, LossConfig(target="salient"))
+    inside = (image > 0.08) & (image < 0.92)
+    torch.testing.assert_close(goal[inside], image[inside], atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient, sobel(image))
+
+
+def test_salient_target_compresses_in_order():
+    ramp = torch.linspace(0, 1, 64).expand(1, 1, 16, 64)
+    goal, _ = salient_target(ramp, ramp, LossConfig(target="salient", contrast=1.5))
+    assert goal.min() >= 0 and goal.max() <= 1 and (goal.diff() >= 0).all()
+    assert (goal[..., 24:40].diff() > 1.4 / 63).all()
+
+
+def test_salient_target_keeps_what_only_one_source_shows():
+    """A dark spot of one and a bright spot of the other, on the same grey."""
+    ir, vi = torch.full((2, 1, 1, 48, 48), 0.5).unbind()
+    ir[..., 10:14, 10:14], vi[..., 30:34, 30:34] = 0.9, 0.15
+    goal, _ = salient_target(ir, vi, LossConfig(target="salient", regions=8.0))
+    assert goal[0, 0, 12, 12] > 0.85 and goal[0, 0, 32, 32] < 0.2
+    assert (goal[0, 0, 20:22, :] - 0.5).abs().max() < 0.02
+
+
+def test_salient_loss_s_parts():
+    fused, ir, vi = images(3, 2, 20, 17)
+    parts = FusionLoss(SALIENT)(fused, ir, vi)
+    goal, gradient = salient_target(ir, vi, SALIENT)
+    torch.testing.assert_close(parts["intensity"], (fused - goal).abs().mean())
+    torch.testing.assert_close(parts["texture"], (sobel(fused) - gradient).abs().mean() * 2)  # both directions added
+    total = 10 * parts["ssim"] + 20 * parts["texture"] + 20 * parts["intensity"]
+    torch.testing.assert_close(parts["total"], total)
+    assert (FusionLoss(SALIENT)(fused, ir, vi)["ssim"] - FusionLoss()(fused, ir, vi)["ssim"]).abs() < 1e-6

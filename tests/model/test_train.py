@@ -165,6 +165,34 @@ def test_time_limit_saves_and_resumes(data, tmp_path, capsys):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_a_fitted_schedule_ends_in_time_and_resumes_bit_for_bit(data, tmp_path, monkeypatch, capsys):
+    """A clock that advances by a second a step: of 0.2 minutes, 6 % in reserve, two warm and two timed steps."""
+    monkeypatch.setattr(training, "WARM_STEPS", 2)
+    monkeypatch.setattr(training, "TIMED_STEPS", 2)
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    step = training.Trainer._train_step
+
+    def timed_step(trainer, batch):
+        clock[0] += 1.0
+        if trainer.step == stop_at:
+            raise KeyboardInterrupt
+        return step(trainer, batch)
+
+    monkeypatch.setattr(training.Trainer, "_train_step", timed_step)
+    more = ["train.epochs=40", "train.ema=0.8", "train.schedule=cosine", "train.fit_minutes=0.2"]
+    clock, stop_at = [0.0], None
+    assert cli.main(arguments(data, tmp_path / "whole", *more)) == 0
+    log = lines(tmp_path / "whole" / "log.jsonl")
+    assert len(log) == 11 and log[-1]["lr"] < 0.05 * log[0]["lr"]  # 0.94 * 12 s, of one second each
+    assert lines(tmp_path / "whole" / "validation.jsonl")[-1]["step"] == 11
+    assert "step 11 of 11, best" in capsys.readouterr().out
+    clock, stop_at = [0.0], 7
+    assert cli.main(arguments(data, tmp_path / "pieces", *more)) != 0
+    clock, stop_at = [100.0], None
+    assert cli.main(arguments(data, tmp_path / "pieces", "--resume", *more)) == 0
+    assert same_files(tmp_path / "whole", tmp_path / "pieces")
+
+
 def test_two_processes_equal_one_on_the_doubled_batch(data, tmp_path):
     more = ["train.epochs=3", "train.ema=0.5"]
     assert cli.main(arguments(data, tmp_path / "one", *more, "data.batch_size=2")) == 0
