@@ -25,6 +25,7 @@ namespace {
 
 constexpr int kMaxThreads = 128;
 constexpr int kMinBlocks = 3;  // a multiprocessor holds: at most 168 registers a thread
+constexpr int kTile = 8;       // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
 
 struct BackwardParams : Params {

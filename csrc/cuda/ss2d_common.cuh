@@ -17,9 +17,7 @@
 namespace diffmf {
 namespace cuda {
 
-constexpr int kTile = 8;  // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-static_assert(kCheckpoint % kTile == 0, "tiles must not straddle pieces");
 
 // q / d for 0 <= q < 2^31 by one multiplication.
 struct FastDiv {

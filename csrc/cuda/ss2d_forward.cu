@@ -23,8 +23,10 @@ namespace cuda {
 namespace {
 
 constexpr int kWarps = 2;
-constexpr int kMinBlocks = 6;            // a multiprocessor holds: at most 168 registers a thread
-constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile
+constexpr int kMinBlocks = 6;  // a multiprocessor holds: at most 168 registers a thread
+// Tokens staged at a time, dividing kCheckpoint so that tiles never straddle a piece. Larger tiles cost shared memory
+// and save the work that a tile takes; threads alone with their channels have small rows, and so room for them.
+constexpr int tile_of(bool alone) { return alone ? 16 : 8; }
 
 struct Round {
   int path[kWarps];  // of the two warps; path[1] is -1 when the round has one path, and the warps take two chunks
@@ -84,7 +86,7 @@ __device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, c
                                      const StepWeights<CH, kMinRank>& weights, const float* channels,
                                      const char* raw_delta, float* steps) {
 #pragma unroll 1
-  for (int t = seat.lane; t < kTile; t += p.state_lanes) {
+  for (int t = seat.lane; t < tile_of(false); t += p.state_lanes) {
     float raw[CH];
     if (p.rank > 0) {
       token_raw(p, rows + t * p.pitch, weights, channels, raw);
@@ -120,7 +122,7 @@ __device__ inline void decode_staged(const char* from, float* to, int count, DTy
 template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kAlone, bool kOutput>
 __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
                      const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
-  constexpr int kQuad = NS < 4 ? NS : 4;
+  constexpr int kQuad = NS < 4 ? NS : 4, kTile = tile_of(kAlone), kTokenLanes = 32 / kTile;
   const int tiles = (to - from + kTile - 1) / kTile;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   auto first_token = [&](int tile) { return from + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
@@ -258,6 +260,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     ss2d_forward_kernel(const __grid_constant__ ForwardParams p) {
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
+  constexpr int kTile = tile_of(kAlone), kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile
   const int warp = threadIdx.x / 32, in_warp = threadIdx.x % 32;
   const Seat seat = {in_warp & (p.state_lanes - 1), (in_warp >> p.lane_shift) * CH, in_warp % kTokenLanes,
                      in_warp / kTokenLanes, reinterpret_cast<char*>(shared_base) + warp * p.warp_bytes};
@@ -381,11 +384,14 @@ ForwardKernel shared_kernel(const Share& share) {
   }
   return nullptr;
 }
+bool is_alone(const SS2DProblem& problem, const Share& share) {
+  return share.states >= problem.states && problem.rank > 0 && problem.softplus &&
+         problem.discretization == Discretization::euler;
+}
 // Null where it was not compiled.
 ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
   const bool zoh = problem.discretization == Discretization::zoh, shared_decay = has_shared_decay(problem);
-  if (share.states >= problem.states && problem.rank > 0 && problem.softplus && !zoh)
-    return shared_decay ? alone_kernel<true>(share) : alone_kernel<false>(share);
+  if (is_alone(problem, share)) return shared_decay ? alone_kernel<true>(share) : alone_kernel<false>(share);
   if (shared_decay) return zoh ? shared_kernel<true, true>(share) : shared_kernel<true, false>(share);
   return zoh ? shared_kernel<false, true>(share) : shared_kernel<false, false>(share);
 }
@@ -416,25 +422,26 @@ Layout layout_of(const SS2DProblem& problem) {
 }
 
 // Shared memory of a warp.
-void lay_out(const SS2DProblem& problem, const Layout& layout, ForwardParams& params) {
-  const int element = problem.dtype == DType::f32 ? 4 : 2;
+void lay_out(const SS2DProblem& problem, const Layout& layout, bool alone, ForwardParams& params) {
+  const int element = problem.dtype == DType::f32 ? 4 : 2, tile = tile_of(alone);
   SharedBytes shared;
   params.bases_at = shared.reserve(sizeof(ForwardBases));
-  params.offsets_at = shared.reserve(2 * kTile * 8);
-  params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
-  params.decoded_at = element == 2 ? shared.reserve(kTile * (layout.pitch + layout.block_channels) * 4) : 0;
-  params.x_at = shared.reserve(2 * kTile * layout.block_channels * element);
-  params.delta_at = problem.rank == 0 ? shared.reserve(2 * kTile * layout.block_channels * element) : 0;
-  params.steps_at = shared.reserve(kTile * layout.block_channels * 4);
+  params.offsets_at = shared.reserve(2 * tile * 8);
+  params.rows_at = shared.reserve(2 * tile * layout.pitch * element);
+  params.decoded_at = element == 2 ? shared.reserve(tile * (layout.pitch + layout.block_channels) * 4) : 0;
+  params.x_at = shared.reserve(2 * tile * layout.block_channels * element);
+  params.delta_at = problem.rank == 0 ? shared.reserve(2 * tile * layout.block_channels * element) : 0;
+  params.steps_at = alone ? 0 : shared.reserve(tile * layout.block_channels * 4);
   params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * layout.block_channels * 4);
   params.warp_bytes = shared.count;
 }
 
 Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
   Layout layout = layout_of(problem);
-  lay_out(problem, layout, params);
-  layout.shared_bytes = size_t(params.warp_bytes) * kWarps + layout.threads * sizeof(float2);  // for prefix_chunks
   const Share share = {layout.states_per_thread, layout.channels_per_thread};
+  const bool alone = is_alone(problem, share);
+  lay_out(problem, layout, alone, params);
+  layout.shared_bytes = size_t(params.warp_bytes) * kWarps + layout.threads * sizeof(float2);  // for prefix_chunks
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel_of(problem, share)), layout);
   params.rounds = 0;
   int tasks_per_block = kWarps;
@@ -449,7 +456,7 @@ Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
       for (size_t i = pairs; i < paths.size(); ++i) params.round[params.rounds++] = {{paths[i], -1}};
   }
   Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups,
-                         int64_t{resident} * tasks_per_block, 2 * kTile);
+                         int64_t{resident} * tasks_per_block, 2 * tile_of(alone));
   plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, ceil_div(plan.tasks, tasks_per_block)));
   if (problem.dtype != DType::f32)
     plan.sum_at = plan.reserve(problem.modalities * problem.batch * problem.tokens() * problem.channels);
