@@ -332,7 +332,7 @@ __device__ inline void write_floats(float* to, const float (&v)[CH]) {
 
 // What the steps and the skip of the block's channels need, in shared memory: rows of block_channels values.
 constexpr int kBiasRow = 0, kSkipRow = 1, kWeightRows = 2;  // dt_bias, D, and dt_weight for r = 0 .. R - 1
-constexpr int kMinRank = 4;  // ranks below are staged, and computed, as this one: with zeros
+constexpr int kMinRank = 8;                                 // ranks below are staged as this one: with zeros
 inline __host__ __device__ int staged_rows(int rank) {
   return kWeightRows + (rank > kMinRank ? rank + rank % 2 : kMinRank);
 }
@@ -364,19 +364,26 @@ struct StepWeights {
   }
 };
 
-// dt_bias + low rank * dt_weight of one token (rank > 0), from its staged row; zeros follow the low-rank part.
+// dt_bias + low rank * dt_weight of one token (0 < rank <= kHeld), from its staged row; zeros follow the low-rank part.
 template <int CH, int kHeld>
-__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
-                                 const float* channels, float (&raw)[CH]) {
-  const float* low = row + 2 * p.padded_states;
-  float held[kHeld];
-  read_floats<kHeld>(low, held);
+__device__ inline void held_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
+                                float (&raw)[CH]) {
+  float low[kHeld];
+  read_floats<kHeld>(row + 2 * p.padded_states, low);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
     raw[c] = weights.bias[c];
 #pragma unroll
-    for (int r = 0; r < kHeld; ++r) raw[c] = fmaf(held[r], weights.w[r][c], raw[c]);
+    for (int r = 0; r < kHeld; ++r) raw[c] = fmaf(low[r], weights.w[r][c], raw[c]);
   }
+}
+
+// Likewise for any rank > 0: what is not held comes from `channels`.
+template <int CH, int kHeld>
+__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
+                                 const float* channels, float (&raw)[CH]) {
+  held_raw(p, row, weights, raw);
+  const float* low = row + 2 * p.padded_states;
 #pragma unroll 1
   for (int r = kHeld; r < p.rank; r += 2) {
     const float2 pair = *reinterpret_cast<const float2*>(low + r);

@@ -27,6 +27,8 @@ constexpr int kMinBlocks = 6;  // a multiprocessor holds: at most 168 registers 
 // Tokens staged at a time, dividing kCheckpoint so that tiles never straddle a piece. Larger tiles cost shared memory
 // and save the work that a tile takes; threads alone with their channels have small rows, and so room for them.
 constexpr int tile_of(bool alone) { return alone ? 16 : 8; }
+// The greatest rank with which a thread can be alone: its weights are kept in registers.
+__host__ __device__ constexpr int held_rank(int states) { return states == 1 ? 8 : 4; }
 
 struct Round {
   int path[kWarps];  // of the two warps; path[1] is -1 when the round has one path, and the warps take two chunks
@@ -43,31 +45,46 @@ struct ForwardParams : Params {
   int bases_at, offsets_at, rows_at, decoded_at, x_at, delta_at, steps_at, channels_at, warp_bytes;
 };
 
-// Adds v, CH neighbouring channels of which `exist` exist, to what is at `to`; or stores it there. `pairs`: the number
-// of channels is even, so two of them are aligned, and both exist or none. The statements do not clobber memory:
-// barriers order them, and between barriers the next token's loads may pass them.
+// Adds v, CH neighbouring channels, to what is at `to`; or stores it there; or neither. One block of code without
+// branches, and memory is not clobbered: barriers order these statements, and between barriers the next token's loads
+// may pass them.
 template <int CH>
-__device__ inline void merge(float* to, int exist, bool pairs, bool store, const float (&v)[CH]) {
+__device__ inline void merge_whole(float* to, bool store, bool add, const float (&v)[CH]) {
+  static_assert(CH <= 2, "one store");
   if constexpr (CH == 2) {
-    if (pairs) {
-      if (exist < 2) return;
-      if (store) {
-        asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
-      } else {
-        add_at<2>(to, v);
-      }
-      return;
-    }
+    asm volatile(
+        "{\n"
+        ".reg .pred store, add;\n"
+        "setp.ne.s32 store, %3, 0;\n"
+        "setp.ne.s32 add, %4, 0;\n"
+        "@store st.global.v2.f32 [%0], {%1, %2};\n"
+#if __CUDA_ARCH__ >= 900
+        "@add red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};\n"
+#else
+        "@add red.relaxed.gpu.global.add.f32 [%0], %1;\n"
+        "@add red.relaxed.gpu.global.add.f32 [%0+4], %2;\n"
+#endif
+        "}" ::"l"(to),
+        "f"(v[0]), "f"(v[1]), "r"(int{store}), "r"(int{add}));
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred store, add;\n"
+        "setp.ne.s32 store, %2, 0;\n"
+        "setp.ne.s32 add, %3, 0;\n"
+        "@store st.global.f32 [%0], %1;\n"
+        "@add red.relaxed.gpu.global.add.f32 [%0], %1;\n"
+        "}" ::"l"(to),
+        "f"(v[0]), "r"(int{store}), "r"(int{add}));
   }
+}
+// Likewise for the first `exist` of the channels, aligned or not.
+template <int CH>
+__device__ inline void merge_part(float* to, int exist, bool store, const float (&v)[CH]) {
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
-    if (c >= exist) break;
     const float one[1] = {v[c]};
-    if (store) {
-      asm volatile("st.global.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]));
-    } else {
-      add_at<1>(to + c, one);
-    }
+    if (c < exist) merge_whole<1>(to + c, store, !store, one);
   }
 }
 
@@ -83,8 +100,8 @@ struct ForwardBases : Bases {
 // The steps of the thread's channels at its share of a tile's tokens, into `steps`, rows of block_channels.
 template <int CH>
 __device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, const float* rows,
-                                     const StepWeights<CH, kMinRank>& weights, const float* channels,
-                                     const char* raw_delta, float* steps) {
+                                     const StepWeights<CH>& weights, const float* channels, const char* raw_delta,
+                                     float* steps) {
 #pragma unroll 1
   for (int t = seat.lane; t < tile_of(false); t += p.state_lanes) {
     float raw[CH];
@@ -117,8 +134,9 @@ __device__ inline void decode_staged(const char* from, float* to, int count, DTy
 
 // Walks tokens [from, to) of the axis along one path. `a` and h are the thread's decays and its state, in and out.
 // Summaries (!kOutput) also add up the steps. `visits_first`: nobody has written y of these tokens yet.
-// kAlone: the thread holds all states of its channels, the step is the softplus of a low-rank part, and is computed
-// where the token is scanned. Otherwise the lanes of a channel share the work of a tile's steps beforehand.
+// kAlone: the thread holds all states of its channels, which exist all or none, and the weights of their low-rank part;
+// the step is its softplus, and is computed where the token is scanned. Otherwise the lanes of a channel share the work
+// of a tile's steps beforehand.
 template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kAlone, bool kOutput>
 __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
                      const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
@@ -145,7 +163,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
   };
 
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const StepWeights<CH, kMinRank> weights(p, channels);
+  const StepWeights<CH, kAlone ? held_rank(NS) : 2> weights(p, channels);
   float skip[CH] = {};
   if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 
@@ -197,7 +215,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
       float x[CH], step[CH], input[CH];
       read_floats<CH>(x_row, x);
       if constexpr (kAlone) {
-        token_raw(p, row, weights, channels, step);
+        held_raw(p, row, weights, step);
 #pragma unroll
         for (int c = 0; c < CH; ++c) step[c] = softplus(step[c]);
       } else {
@@ -244,9 +262,13 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
             for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
           y[c] = fmaf(skip[c], x[c], y[c]);
         }
-        if (kAlone || seat.lane == 0)
-          merge<CH>(bases.sum + *offset + seat.c, p.channels - track.first_d - seat.c, p.channels % 2 == 0,
-                    visits_first, y);
+        float* const to = bases.sum + *offset + seat.c;
+        const int exist = p.channels - track.first_d - seat.c;
+        if constexpr (kAlone) {
+          merge_whole<CH>(to, exist > 0 && visits_first, exist > 0 && !visits_first, y);
+        } else if (seat.lane == 0) {
+          merge_part<CH>(to, exist, visits_first, y);
+        }
         offset += track.reversed ? -1 : 1;
       }
       row += row_step;
@@ -385,8 +407,8 @@ ForwardKernel shared_kernel(const Share& share) {
   return nullptr;
 }
 bool is_alone(const SS2DProblem& problem, const Share& share) {
-  return share.states >= problem.states && problem.rank > 0 && problem.softplus &&
-         problem.discretization == Discretization::euler;
+  return share.states >= problem.states && problem.channels % share.channels == 0 && problem.rank > 0 &&
+         problem.rank <= held_rank(share.states) && problem.softplus && problem.discretization == Discretization::euler;
 }
 // Null where it was not compiled.
 ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
