@@ -26,6 +26,8 @@ namespace {
 constexpr int kMaxThreads = 128;
 constexpr int kMinBlocks = 3;  // a multiprocessor holds: at most 168 registers a thread
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
+constexpr int kBatch = 4;  // tokens whose gradients of B or C are summed over a warp's channels at a time
+static_assert(kTile % kBatch == 0, "a tile is made of batches");
 
 struct BackwardParams : Params {
   Activation dy;              // [M, B, L, D]
@@ -43,13 +45,31 @@ struct BackwardParams : Params {
   float* dd;             // [parts, M, K, D] or null
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
+  bool paired;           // rows of dproj can be written two values at a time
   // Shared memory, offsets in bytes. Two tiles of rows and activations are in flight.
-  int walk_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_at, delta_at, token_at, slope_at, sums_at, channels_at,
-      dweight_at, warp_sums_at, history_at;
+  int walk_at, pixels_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_at, delta_at, token_at, slope_at, sums_at,
+      channels_at, dweight_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
   int copy_lanes;  // threads that copy one token of a tile
+
+  __device__ int low_pitch() const { return pitch - 2 * padded_states; }
+};
+
+// Constants in the default layout (four lanes a channel), so that the tokens of a tile are immediate offsets.
+constexpr int single_of(int channels) { return channels + 8; }
+constexpr int twin_of(int channels) { return 2 * channels + 8; }
+constexpr int kDefaultLanes = 4, kDefaultStates = 4, kDefaultChannels = kMaxThreads / kDefaultLanes * 2;
+template <int kLanes>
+struct Spacing {
+  int single, twin, bc;  // bc: of the rows of B and C
+  __device__ explicit Spacing(const BackwardParams& p)
+      : single(kLanes == kDefaultLanes ? single_of(kDefaultChannels) : p.single),
+        twin(kLanes == kDefaultLanes ? twin_of(kDefaultChannels) : p.twin),
+        bc(kLanes == kDefaultLanes ? 2 * kDefaultLanes * kDefaultStates : 2 * p.padded_states) {}
+  // Slot t of a tile where its address shall not be hoisted out of a loop into registers.
+  __device__ static int slot(int t) { return kLanes == kDefaultLanes ? t : opaque(t); }
 };
 
 // What a walk of one block along one path keeps at hand, in shared memory.
@@ -58,11 +78,29 @@ struct Walk {
   Bases bases;
   const char* dy;  // at pixel 0, first channel of the block
   int end;         // of the chunk
+  int element;
+  int real_bytes;  // of the block's channels that exist
+  // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
+  // part and that of the B and C it reads; and from pixel to pixel.
+  int64_t dx, ddelta, own_row, bc_row;
+  int dx_pixel, ddelta_pixel, row_pixel;
   __device__ Walk(const BackwardParams& p, const Track& t, int end)
       : track(t),
         bases(p, t),
         dy(p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * p.element()),
-        end(end) {}
+        end(end),
+        element(p.element()),
+        real_bytes(min(p.block_channels, p.channels - t.first_d) * p.element()),
+        dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
+        ddelta_pixel(p.paths * p.channels),
+        row_pixel(p.paths * p.row()) {
+    const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
+    const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
+    dx = image * dx_pixel + (p.x_per_path ? t.k * p.channels : 0) + t.first_d;
+    ddelta = image * ddelta_pixel + t.k * p.channels + t.first_d;
+    own_row = image * row_pixel + t.k * p.row();
+    bc_row = source * row_pixel + t.k * p.row() + p.rank;
+  }
 };
 __device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& seat, const Track& track, int end) {
   Walk* const walk = reinterpret_cast<Walk*>(seat.shared + p.walk_at);
@@ -76,44 +114,99 @@ __device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& se
 // What a walk reads of a token, and so stages.
 enum class Reads { b_x, c_dy, all };
 
-// Starts the copies of the tile of tokens [q0, q0 + kTile) into buffer 0 or 1. Past the end: the last token once more.
+template <int kBytes>
+__device__ inline void copy_some(uint32_t to, const char* from, int bytes, int lane, int lanes) {
+#pragma unroll 1
+  for (int i = lane * kBytes; i < bytes; i += lanes * kBytes) copy_async<kBytes>(to + i, from + i);
+}
+// copy_row, in little code: these loops run once or twice.
+__device__ inline void copy_run(char* to, const char* from, int bytes, int granule, int lane, int lanes) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (granule == 16) {
+    copy_some<16>(at, from, bytes, lane, lanes);
+  } else if (granule == 8) {
+    copy_some<8>(at, from, bytes, lane, lanes);
+  } else if (granule == 4) {
+    copy_some<4>(at, from, bytes, lane, lanes);
+  } else {  // 16-bit rows that start on odd elements: cp.async cannot
+#pragma unroll 1
+    for (int i = lane * 2; i < bytes; i += lanes * 2)
+      *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+  }
+}
+
+// Starts the copies of the tile of tokens [q0, q0 + kTile) into buffer 0 or 1, in the order of the scan. Past the end:
+// the last token once more, and its pixel is -1.
 template <Reads kReads>
 __device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer) {
-  const int lane = opaque(seat.copy_lane), element = p.element();
-  const int x_bytes = p.single * element;
-  const int real_bytes = min(p.block_channels, p.channels - walk.track.first_d) * element;
-  const int slot = buffer * kTile + seat.copy_token;
   if (seat.copy_token < kTile) {
-    const int pixel = walk.track.pixel(p, min(q0 + seat.copy_token, walk.end - 1));
-    copy_proj<kReads != Reads::c_dy, kReads != Reads::b_x, 0>(
-        p, walk.bases, pixel, seat.shared + p.rows_at + slot * p.pitch * element, lane, p.copy_lanes);
+    const int lane = opaque(seat.copy_lane), element = walk.element, slot = buffer * kTile + seat.copy_token;
+    const int q = q0 + (walk.track.reversed ? kTile - 1 - seat.copy_token : seat.copy_token);
+    const int pixel = walk.track.pixel(p, min(q, walk.end - 1));
+    if (lane == 0) reinterpret_cast<int*>(seat.shared + p.pixels_at)[slot] = q < walk.end ? pixel : -1;
+    char* const rows = seat.shared + p.rows_at + buffer * kTile * p.pitch * element;
+    char* const bc_to = rows + seat.copy_token * 2 * p.padded_states * element;
+    const char* const bc = walk.bases.bc + int64_t{pixel} * p.proj.pixel;
+    const int bc_bytes = p.states * element;
+    if (kReads == Reads::all && p.padded_states == p.states) {
+      copy_run(bc_to, bc, 2 * bc_bytes, p.proj.granule, lane, p.copy_lanes);
+    } else {
+      if constexpr (kReads != Reads::c_dy) copy_run(bc_to, bc, bc_bytes, p.proj.granule, lane, p.copy_lanes);
+      if constexpr (kReads != Reads::b_x)
+        copy_run(bc_to + p.padded_states * element, bc + bc_bytes, bc_bytes, p.proj.granule, lane, p.copy_lanes);
+    }
+    if (p.rank > 0)
+      copy_run(rows + (kTile * 2 * p.padded_states + seat.copy_token * p.low_pitch()) * element,
+               walk.bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element, p.proj.granule, lane, p.copy_lanes);
+    const int at = slot * p.single * element;
     if constexpr (kReads != Reads::c_dy)
-      copy_row<0>(seat.shared + p.x_at + slot * x_bytes, walk.bases.x + int64_t{pixel} * p.x.pixel, real_bytes,
-                  p.x.granule, lane, p.copy_lanes);
+      copy_run(seat.shared + p.x_at + at, walk.bases.x + int64_t{pixel} * p.x.pixel, walk.real_bytes, p.x.granule, lane,
+               p.copy_lanes);
     if constexpr (kReads != Reads::b_x)
-      copy_row<0>(seat.shared + p.dy_at + slot * x_bytes, walk.dy + int64_t{pixel} * p.dy.pixel, real_bytes,
-                  p.dy.granule, lane, p.copy_lanes);
+      copy_run(seat.shared + p.dy_at + at, walk.dy + int64_t{pixel} * p.dy.pixel, walk.real_bytes, p.dy.granule, lane,
+               p.copy_lanes);
     if (p.rank == 0)
-      copy_row<0>(seat.shared + p.delta_at + slot * x_bytes, walk.bases.delta + int64_t{pixel} * p.delta.pixel,
-                  real_bytes, p.delta.granule, lane, p.copy_lanes);
+      copy_run(seat.shared + p.delta_at + at, walk.bases.delta + int64_t{pixel} * p.delta.pixel, walk.real_bytes,
+               p.delta.granule, lane, p.copy_lanes);
   }
   copies_commit();
 }
 
-// A staged tile, ready to be walked.
+// A staged tile, ready to be walked. Its slots hold the tokens in the order of the scan.
 struct Tile {
-  const float* rows;    // [kTile, pitch]
+  const float* rows;    // [kTile, {B, C}, padded_states]
+  const float* low;     // [kTile, low_pitch]
   const float* x;       // [kTile, single]
   const float* dy;      // [kTile, single]
   const float* tokens;  // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
+  const int* pixels;    // [kTile]: -1 past the end
 };
+
+// dt_bias + low rank * dt_weight of one token (rank > 0), from its low-rank part, which zeros follow.
+template <int CH>
+__device__ inline void raw_step(const BackwardParams& p, const float* low, const StepWeights<CH>& weights,
+                                const float* channels, float (&raw)[CH]) {
+  const float2 first = *reinterpret_cast<const float2*>(low);
+#pragma unroll
+  for (int c = 0; c < CH; ++c) raw[c] = fmaf(first.y, weights.w[1][c], fmaf(first.x, weights.w[0][c], weights.bias[c]));
+#pragma unroll 1
+  for (int r = 2; r < p.rank; r += 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(low + r);
+    float w[2][CH];
+    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
+    read_floats<CH>(channels + (kWeightRows + r + 1) * p.block_channels, w[1]);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[1][c], fmaf(pair.x, w[0][c], raw[c]));
+  }
+}
 
 // Computes the steps (and their slopes, for Reads::all) of a staged tile and makes float of its activations; every lane
 // of a channel takes its share of the tokens.
-template <Reads kReads, bool kZoh, bool kHalf, int CH>
+template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
 __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
                                      int q0, int buffer) {
-  const int x_bytes = p.single * (kHalf ? 2 : 4);
+  const Spacing<kLanes> spacing(p);
+  const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
   const char* const raw_x = seat.shared + p.x_at + buffer * kTile * x_bytes;
   const char* const raw_dy = seat.shared + p.dy_at + buffer * kTile * x_bytes;
   float* const tokens = const_cast<float*>(tile.tokens) + seat.c * 2;
@@ -122,11 +215,11 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
   const bool partial = q0 + kTile > walk.end || walk.track.first_d + p.block_channels > p.channels;
   const StepWeights<CH> weights(p, channels);
   const int first = opaque(seat.lane);
-#pragma unroll 2
-  for (int t = first; t < kTile; t += p.state_lanes) {
+#pragma unroll(kLanes > 1 ? kTile / kLanes : 2)
+  for (int t = first; t < kTile; t += lanes) {
     float raw[CH], x[CH] = {}, dy[CH] = {}, token[2 * CH], slope[CH];
     if (p.rank > 0) {
-      token_raw<CH>(p, tile.rows + t * p.pitch, weights, channels, raw);
+      raw_step<CH>(p, tile.low + t * p.low_pitch(), weights, channels, raw);
     } else {
       read_activation<CH, kHalf>(p, seat.shared + p.delta_at + (buffer * kTile + t) * x_bytes, seat.c, raw);
 #pragma unroll
@@ -145,32 +238,34 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
       }
       // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay
       // 1, and nothing is added.
-      if (partial && (q0 + t >= walk.end || walk.track.first_d + seat.c + c >= p.channels))
+      if (partial && (tile.pixels[t] < 0 || walk.track.first_d + seat.c + c >= p.channels))
         token[c] = x[c] = dy[c] = slope[c] = 0.f;
       token[CH + c] = kZoh ? x[c] : token[c] * x[c];
     }
-    write_floats<2 * CH>(tokens + t * p.twin, token);
+    write_floats<2 * CH>(tokens + t * spacing.twin, token);
     if (kHalf || partial) {
-      if constexpr (kReads != Reads::c_dy) write_floats<CH>(const_cast<float*>(tile.x) + t * p.single + seat.c, x);
-      if constexpr (kReads != Reads::b_x) write_floats<CH>(const_cast<float*>(tile.dy) + t * p.single + seat.c, dy);
+      if constexpr (kReads != Reads::c_dy) write_floats<CH>(const_cast<float*>(tile.x) + t * spacing.single + seat.c, x);
+      if constexpr (kReads != Reads::b_x) write_floats<CH>(const_cast<float*>(tile.dy) + t * spacing.single + seat.c, dy);
     }
-    if constexpr (kReads == Reads::all) write_floats<CH>(slopes + t * p.single, slope);
+    if constexpr (kReads == Reads::all) write_floats<CH>(slopes + t * spacing.single, slope);
   }
 }
 
 // Waits for the tile in `buffer` and prepares it. Starts the next tile's copies by `issue_next()`.
-template <Reads kReads, bool kZoh, int CH, typename F>
+template <Reads kReads, bool kZoh, int CH, int kLanes, typename F>
 __device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer,
                                     F&& issue_next) {
-  const int element = p.element(), row_bytes = p.pitch * element, x_bytes = p.single * element;
+  const int element = p.half ? 2 : 4, row_bytes = p.pitch * element;
+  const int single = Spacing<kLanes>(p).single, x_bytes = single * element;
   char* const shared = seat.shared;
   copies_wait();
   __syncthreads();  // the tile is there; nobody needs the one before
   issue_next();
-  Tile tile = {reinterpret_cast<const float*>(shared + p.rows_at + buffer * kTile * row_bytes),
+  Tile tile = {reinterpret_cast<const float*>(shared + p.rows_at + buffer * kTile * row_bytes), nullptr,
                reinterpret_cast<const float*>(shared + p.x_at + buffer * kTile * x_bytes),
                reinterpret_cast<const float*>(shared + p.dy_at + buffer * kTile * x_bytes),
-               reinterpret_cast<const float*>(shared + p.token_at)};
+               reinterpret_cast<const float*>(shared + p.token_at),
+               reinterpret_cast<const int*>(shared + p.pixels_at) + buffer * kTile};
   if (p.half) {
     float* decoded = reinterpret_cast<float*>(shared + p.decoded_rows_at);
     for (int i = threadIdx.x * 4; i < kTile * p.pitch; i += blockDim.x * 4)
@@ -178,24 +273,26 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, c
           decode_quad(shared + p.rows_at + buffer * kTile * row_bytes + i * 2, p.dtype);
     tile.rows = decoded;
     tile.x = reinterpret_cast<const float*>(shared + p.decoded_at);
-    tile.dy = tile.x + kTile * p.single;
+    tile.dy = tile.x + kTile * single;
     __syncthreads();
   }
+  tile.low = tile.rows + kTile * 2 * p.padded_states;
   if (p.half) {
-    compute_steps<kReads, kZoh, true, CH>(p, seat, walk, tile, q0, buffer);
+    compute_steps<kReads, kZoh, true, CH, kLanes>(p, seat, walk, tile, q0, buffer);
   } else {
-    compute_steps<kReads, kZoh, false, CH>(p, seat, walk, tile, q0, buffer);
+    compute_steps<kReads, kZoh, false, CH, kLanes>(p, seat, walk, tile, q0, buffer);
   }
   __syncwarp();  // the lanes of a channel are in one warp
   return tile;
 }
 
-template <int NS, int CH, bool kSharedDecay, bool kZoh>
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ inline void advance(const BackwardParams& p, const Tile& tile, const Seat& seat,
                                const float (&a)[CH][kSharedDecay ? 1 : NS], int t, float (&h)[CH][NS]) {
+  const Spacing<kLanes> spacing(p);
   float token[2 * CH], b[NS];
-  read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
-  read_floats<NS>(tile.rows + t * p.pitch + seat.lane * NS, b);
+  read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
+  read_floats<NS>(tile.rows + t * spacing.bc + seat.lane * NS, b);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
     const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
@@ -211,27 +308,27 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 }
 
 // Phase 1: the gradient that a chunk hands to the chunk scanned before it, from a zero start, and its sum of steps.
-template <int NS, int CH, bool kSharedDecay>
+template <int NS, int CH, int kLanes, bool kSharedDecay>
 __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const Track& track, int begin, int end,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
   const Walk& walk = begin_walk(p, seat, track, end);
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + seat.c, seat.lane, a);
+  const Spacing<kLanes> spacing(p);
   const int tiles = (end - begin + kTile - 1) / kTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kTile; };
   issue_tile<Reads::c_dy>(p, seat, walk, first_token(0), 0);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
-    const Tile tile = prepare_tile<Reads::c_dy, false, CH>(p, seat, walk, first_token(i), i & 1, [&] {
+    const Tile tile = prepare_tile<Reads::c_dy, false, CH, kLanes>(p, seat, walk, first_token(i), i & 1, [&] {
       if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, seat, walk, first_token(i + 1), ~i & 1);
     });
 #pragma unroll 2
-    for (int j = 0; j < kTile; ++j) {
-      const int t = track.reversed ? j : kTile - 1 - j;
+    for (int t = kTile - 1; t >= 0; --t) {
       float token[2 * CH], dy[CH], c_row[NS];
-      read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
-      read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
-      read_floats<NS>(tile.rows + t * p.pitch + p.padded_states + seat.lane * NS, c_row);
+      read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
+      read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
+      read_floats<NS>(tile.rows + t * spacing.bc + spacing.bc / 2 + seat.lane * NS, c_row);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
@@ -279,6 +376,32 @@ __device__ inline int sum_over_lanes(float (&v)[NV], int first, int last, int la
   return base;
 }
 
+// Sums a batch of tokens' values of the states over the channels of a warp: `scratch` holds [kBatch, lane of the warp,
+// NS] with kBatchPad values between tokens, the sums go to rows `to`, pitch apart.
+constexpr int kBatchPad = 16;
+template <int NS, int kLanes>
+__device__ inline void sum_batch(const BackwardParams& p, const float* scratch, int lane_id, float* to) {
+  static_assert(NS % 4 == 0, "pairs of states");
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, states = NS * lanes;
+  const int pair_shift = (kLanes == kDefaultLanes ? 2 : p.lane_shift) + (NS == 8 ? 2 : 1);
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane_id; i < kBatch * states / 2; i += 32) {
+    const int t = i >> pair_shift, pair = i - (t << pair_shift);
+    const float* from = scratch + t * (32 * NS + kBatchPad) + pair * 2;
+    float2 sum = *reinterpret_cast<const float2*>(from);
+#pragma unroll(kLanes > 0 ? 32 / kLanes : 1)
+    for (int group = 1; group < 32 / lanes; ++group) {
+      const float2 v = *reinterpret_cast<const float2*>(from + group * states);
+      sum.x += v.x;
+      sum.y += v.y;
+    }
+    *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
+    if constexpr (kLanes == kDefaultLanes) break;  // a pair for each lane of the warp
+  }
+  __syncwarp();
+}
+
 // The gradients that a thread accumulates over a chunk: of its states, and of its share of the tokens.
 template <int NS, int CH, bool kSharedDecay>
 struct ParameterGradients {
@@ -294,6 +417,16 @@ struct Contribution {
   bool first_dx, last_dx;    // to dx: one per path
 };
 
+// Two neighbouring elements of an output of type dtype, at an even element.
+__device__ inline void store_pair(void* to, int64_t i, float2 v, const BackwardParams& p) {
+  if (p.half) {
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + i) =
+        encode(v.x, p.dtype) | static_cast<uint32_t>(encode(v.y, p.dtype)) << 16;
+  } else {
+    *reinterpret_cast<float2*>(static_cast<float*>(to) + i) = v;
+  }
+}
+
 __device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float v, bool first, bool last) {
   if (!first) v += __ldcg(p.dproj_sum + to);
   if (last) {
@@ -302,71 +435,97 @@ __device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float v
     p.dproj_sum[to] = v;
   }
 }
+__device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float2 v, bool first, bool last) {
+  if (!first) {
+    const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to));
+    v.x += before.x;
+    v.y += before.y;
+  }
+  if (last) {
+    store_pair(p.dproj, to, v, p);
+  } else {
+    *reinterpret_cast<float2*>(p.dproj_sum + to) = v;
+  }
+}
 
 // After a tile: the warps' sums become rows of dproj. Between two barriers.
-__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Walk& walk,
-                                   const Contribution& part, int q0) {
-  const int row = p.row(), warps = blockDim.x / 32;
-  const int lane = opaque(seat.copy_lane), t = seat.copy_token;
-  if (t >= kTile || q0 + t >= walk.end) return;
+__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+                                   const Contribution& part) {
+  const int lane = opaque(seat.copy_lane), t = seat.copy_token, pixel = t < kTile ? tile.pixels[t] : -1;
+  if (pixel < 0) return;
+  const int warps = static_cast<int>(blockDim.x) / 32;
   const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at) + t * p.pitch;
-  const Track& track = walk.track;
-  const int64_t pixel = track.pixel(p, q0 + t);
-  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens + pixel;
-  const int64_t source = (int64_t{p.source(track.m)} * p.batch + track.b) * p.tokens + pixel;
-  const int64_t own = (image * p.paths + track.k) * row, from = (source * p.paths + track.k) * row + p.rank;
-  if (!p.half && part.first_bc && part.last_bc && p.padded_states == p.states && p.rank % 2 == 0) {
-    float* const to = p.dproj_sum + from;
+  const int64_t offset = int64_t{pixel} * walk.row_pixel;
+  const int64_t own = walk.own_row + offset, bc = walk.bc_row + offset;
+  // Of all warps, in their order.
+  auto sum_at = [&](int column) {
+    float sum = sums[column];
+#pragma unroll
+    for (int w = 1; w < kMaxThreads / 32; ++w)
+      if (w < warps) sum += sums[w * kTile * p.pitch + column];
+    return sum;
+  };
+  if (p.paired) {
 #pragma unroll 1
     for (int j = lane * 2; j < 2 * p.states; j += p.copy_lanes * 2) {
-      float2 sum = make_float2(0.f, 0.f);
-      for (int w = 0; w < warps; ++w) {
-        const float2 v = *reinterpret_cast<const float2*>(sums + w * kTile * p.pitch + j);
-        sum.x += v.x;
-        sum.y += v.y;
+      const float* const from = sums + (j < p.states ? j : p.padded_states + j - p.states);
+      float2 sum = *reinterpret_cast<const float2*>(from);
+#pragma unroll
+      for (int w = 1; w < kMaxThreads / 32; ++w) {
+        if (w < warps) {
+          const float2 v = *reinterpret_cast<const float2*>(from + w * kTile * p.pitch);
+          sum.x += v.x;
+          sum.y += v.y;
+        }
       }
-      *reinterpret_cast<float2*>(to + j) = sum;
+      add_to_dproj(p, bc + j, sum, part.first_bc, part.last_bc);
     }
   } else {
 #pragma unroll 1
-    for (int j = lane; j < 2 * p.states; j += p.copy_lanes) {
-      const int column = j < p.states ? j : p.padded_states + j - p.states;
-      float sum = 0.f;
-      for (int w = 0; w < warps; ++w) sum += sums[w * kTile * p.pitch + column];
-      add_to_dproj(p, from + j, sum, part.first_bc, part.last_bc);
-      if (part.zero_own_bc) store_as(p.dproj, own + p.rank + j, 0.f, p);
-    }
+    for (int j = lane; j < 2 * p.states; j += p.copy_lanes)
+      add_to_dproj(p, bc + j, sum_at(j < p.states ? j : p.padded_states + j - p.states), part.first_bc, part.last_bc);
+  }
+  if (part.zero_own_bc) {
+#pragma unroll 1
+    for (int j = lane; j < 2 * p.states; j += p.copy_lanes) store_as(p.dproj, own + p.rank + j, 0.f, p);
   }
 #pragma unroll 1
-  for (int r = lane; r < p.rank; r += p.copy_lanes) {
-    float sum = 0.f;
-    for (int w = 0; w < warps; ++w) sum += sums[w * kTile * p.pitch + 2 * p.padded_states + r];
-    add_to_dproj(p, own + r, sum, part.first_low, part.last_low);
-  }
+  for (int r = lane; r < p.rank; r += p.copy_lanes)
+    add_to_dproj(p, own + r, sum_at(2 * p.padded_states + r), part.first_low, part.last_low);
 }
 
 // dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx.
 template <int CH>
 __device__ inline void write_dx(const BackwardParams& p, const Contribution& part, int64_t to, int exist,
                                 const float (&dx)[CH]) {
-  if (CH == 2 && p.channels % 2 == 0 && !p.half) {
-    if (exist < CH) return;
-    if (part.first_dx) {
-      write_floats<CH>(p.dx_sum + to, dx);
-    } else {
-      add_at<CH>(p.dx_sum + to, dx);
+  if constexpr (CH == 2) {
+    if (p.channels % 2 == 0) {  // both channels or none
+      if (exist < CH) return;
+      if (p.half && part.last_dx) {
+        float2 sum = make_float2(dx[0], dx[1]);
+        if (!part.first_dx) {
+          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dx_sum + to));
+          sum.x = before.x + sum.x;
+          sum.y = before.y + sum.y;
+        }
+        store_pair(p.dx, to, sum, p);
+      } else if (part.first_dx) {
+        write_floats<CH>(p.dx_sum + to, dx);
+      } else {
+        add_at<CH>(p.dx_sum + to, dx);
+      }
+      return;
     }
-    return;
   }
-#pragma unroll
+#pragma unroll 1
   for (int c = 0; c < CH; ++c) {
     if (c >= exist) break;
+    const float one[1] = {c == 0 ? dx[0] : dx[CH - 1]};
     if (p.half && part.last_dx) {
-      store_as(p.dx, to + c, part.first_dx ? dx[c] : __ldcg(p.dx_sum + to + c) + dx[c], p);
+      store_as(p.dx, to + c, part.first_dx ? one[0] : __ldcg(p.dx_sum + to + c) + one[0], p);
     } else if (part.first_dx) {
-      p.dx_sum[to + c] = dx[c];
+      p.dx_sum[to + c] = one[0];
     } else {
-      const float one[1] = {dx[c]};
       add_at<1>(p.dx_sum + to + c, one);
     }
   }
@@ -376,8 +535,8 @@ __device__ inline void write_dx(const BackwardParams& p, const Contribution& par
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
-                                     const Contribution& part, int q0,
-                                     ParameterGradients<NS, CH, kSharedDecay>& grads) {
+                                     const Contribution& part, ParameterGradients<NS, CH, kSharedDecay>& grads) {
+  const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float* const sums = reinterpret_cast<const float*>(seat.shared + p.sums_at) + seat.c * 2;
@@ -389,10 +548,10 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
     if (t >= kTile) break;
-    const int at = t * p.single;
+    const int at = t * spacing.single;
     float sum[2 * CH], x[CH], dy[CH], slope[CH], token[2 * CH], dx[CH], skip[CH];
-    read_floats<2 * CH>(sums + t * p.twin, sum);
-    read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
+    read_floats<2 * CH>(sums + t * spacing.twin, sum);
+    read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
     read_floats<CH>(tile.x + at + seat.c, x);
     read_floats<CH>(tile.dy + at + seat.c, dy);
     read_floats<CH>(slopes + at, slope);
@@ -406,15 +565,14 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
       grads.bias[c] += draw[i][c];
       grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
     }
-    if (q0 + t < walk.end) {
-      const Track& track = walk.track;
-      const int64_t pixel = (int64_t{track.m} * p.batch + track.b) * p.tokens + track.pixel(p, q0 + t);
-      const int d = track.first_d + seat.c;
-      write_dx<CH>(p, part, (p.x_per_path ? pixel * p.paths + track.k : pixel) * p.channels + d, p.channels - d, dx);
+    const int pixel = tile.pixels[t], exist = p.channels - walk.track.first_d - seat.c;
+    if (pixel >= 0) {
+      write_dx<CH>(p, part, walk.dx + int64_t{pixel} * walk.dx_pixel + seat.c, exist, dx);
       if (p.ddelta != nullptr) {
+        const int64_t to = walk.ddelta + int64_t{pixel} * walk.ddelta_pixel + seat.c;
 #pragma unroll
         for (int c = 0; c < CH; ++c)
-          if (d + c < p.channels) store_as(p.ddelta, (pixel * p.paths + track.k) * p.channels + d + c, draw[i][c], p);
+          if (c < exist) store_as(p.ddelta, to + c, draw[i][c], p);
       }
     }
   }
@@ -430,7 +588,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
     for (int i = 0; i < kShare; ++i) {
       const int t = first + i * lanes;
       if (t >= kTile) break;
-      const float value = tile.rows[t * p.pitch + 2 * p.padded_states + r];
+      const float value = tile.low[t * p.low_pitch() + r];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         low[i] = fmaf(draw[i][c], w[c], low[i]);
@@ -469,7 +627,22 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     return history + (((tile * CH + c) * (NS / V) + j / V) * blockDim.x + threadIdx.x) * V;
   };
   float* const warp_sums = reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch;
-  float* const sums = reinterpret_cast<float*>(seat.shared + p.sums_at);
+  float* const sums = reinterpret_cast<float*>(seat.shared + p.sums_at) + seat.c * 2;
+  constexpr int kBatchPitch = 32 * NS + kBatchPad;
+  float* const scratch = reinterpret_cast<float*>(seat.shared + p.scratch_at) + warp * kBatch * kBatchPitch;
+  const Spacing<kLanes> spacing(p);
+
+  // The gradients of B or C of one token of a batch, of the thread's channels.
+  auto write_batch = [&](int j, const float(&v)[NS]) {
+    write_floats<4>(scratch + j * kBatchPitch + lane_id * NS, *reinterpret_cast<const float(*)[4]>(&v[0]));
+    if constexpr (NS == 8)
+      write_floats<4>(scratch + j * kBatchPitch + lane_id * NS + 4, *reinterpret_cast<const float(*)[4]>(&v[4]));
+  };
+  // Those of a tile, of a channel with one state.
+  auto write_single = [&](float(&v)[NS == 1 ? kTile : 1], int column) {
+    const int t = sum_over_lanes<1, 32>(v, 1, 32, lane_id);
+    if (lane_id < kTile) warp_sums[t * p.pitch + column] = v[0];
+  };
 
   const int pieces = (end - begin + int{kCheckpoint} - 1) / int{kCheckpoint};
   const int64_t plane = int64_t{p.states} * p.channels;
@@ -499,7 +672,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           for (int v = 0; v < V; ++v) part_of[v] = h[c][j + v];
           write_floats<V>(history_at(i, c, j), part_of);
         }
-      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH>(p, seat, walk, first_token(i), i & 1, [&] {
+      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, seat, walk, first_token(i), i & 1, [&] {
         if (i + 2 < tiles) {
           issue_tile<Reads::b_x>(p, seat, walk, first_token(i + 1), ~i & 1);
         } else {
@@ -508,13 +681,13 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
       });
 #pragma unroll 2
       for (int j = 0; j < kTile; ++j)
-        advance<NS, CH, kSharedDecay, kZoh>(p, tile, seat, a, track.reversed ? kTile - 1 - j : j, h);
+        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, seat, a, j, h);
     }
     // Against it: tile by tile.
 #pragma unroll 1
     for (int i = tiles - 1; i >= 0; --i) {
       const int q0 = first_token(i);
-      const Tile tile = prepare_tile<Reads::all, kZoh, CH>(p, seat, walk, q0, i & 1, [&] {
+      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, seat, walk, q0, i & 1, [&] {
         if (i > 0) issue_tile<Reads::all>(p, seat, walk, first_token(i - 1), ~i & 1);
       });
       if (i < tiles - 1) {
@@ -529,39 +702,42 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           }
       }
       float state[kTile][CH][NS];  // before each token
+      float single_db[NS == 1 ? kTile : 1], single_dc[NS == 1 ? kTile : 1];
 #pragma unroll
       for (int j = 0; j < kTile; ++j) {
-        const int t = opaque(track.reversed ? kTile - 1 - j : j);
+        const int t = spacing.slot(j);
 #pragma unroll
         for (int c = 0; c < CH; ++c)
 #pragma unroll
           for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
-        advance<NS, CH, kSharedDecay, kZoh>(p, tile, seat, a, t, h);
+        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, seat, a, t, h);
         float dy[CH], dc[NS];
-        read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
+        read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
           dc[n] = dy[0] * h[0][n];
 #pragma unroll
           for (int c = 1; c < CH; ++c) dc[n] = fmaf(dy[c], h[c][n], dc[n]);
         }
-        const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(dc, lanes, 32, lane_id);
-        const int held = max(1, NS * lanes / 32);
-#pragma unroll
-        for (int v = 0; v < NS; ++v)
-          if (v < held && lane_id < NS * lanes)
-            warp_sums[t * p.pitch + p.padded_states + seat.lane * NS + base + v] = dc[v];
+        if constexpr (NS == 1) {
+          single_dc[j] = dc[0];
+        } else {
+          write_batch(j % kBatch, dc);
+          if (j % kBatch == kBatch - 1)
+            sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + (j - kBatch + 1) * p.pitch + p.padded_states);
+        }
       }
+      if constexpr (NS == 1) write_single(single_dc, p.padded_states);
 #pragma unroll
       for (int j = kTile - 1; j >= 0; --j) {
-        const int t = opaque(track.reversed ? kTile - 1 - j : j);
-        const float* row = tile.rows + t * p.pitch + seat.lane * NS;
+        const int t = spacing.slot(j);
+        const float* row = tile.rows + t * spacing.bc + seat.lane * NS;
         float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
         float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
-        read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
-        read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
+        read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
+        read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
         read_floats<NS>(row, b);
-        read_floats<NS>(row + p.padded_states, c_row);
+        read_floats<NS>(row + spacing.bc / 2, c_row);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
@@ -589,21 +765,23 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
             }
           }
         }
-        const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(db, lanes, 32, lane_id);
-        const int held = max(1, NS * lanes / 32);
-#pragma unroll
-        for (int v = 0; v < NS; ++v)
-          if (v < held && lane_id < NS * lanes) warp_sums[t * p.pitch + seat.lane * NS + base + v] = db[v];
+        if constexpr (NS == 1) {
+          single_db[j] = db[0];
+        } else {
+          write_batch(j % kBatch, db);
+          if (j % kBatch == 0) sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + j * p.pitch);
+        }
         const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
         const int sum_held = max(1, 2 * CH / lanes);
 #pragma unroll
         for (int v = 0; v < 2 * CH; ++v)
-          if (v < sum_held && seat.lane < 2 * CH) sums[t * p.twin + seat.c * 2 + sum_base + v] = sum[v];
+          if (v < sum_held && seat.lane < 2 * CH) sums[t * spacing.twin + sum_base + v] = sum[v];
       }
+      if constexpr (NS == 1) write_single(single_db, 0);
       __syncwarp();
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, walk, tile, part, q0, grads);
+      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, walk, tile, part, grads);
       __syncthreads();
-      write_dproj(p, seat, walk, part, q0);
+      write_dproj(p, seat, walk, tile, part);
     }
   }
 
@@ -662,7 +840,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
       const int begin = chunk * p.chunk, d = track.first_d + seat.c;
       float g[CH][NS] = {}, steps[CH] = {};
-      summarize_chunk<NS, CH, kSharedDecay>(p, seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, g);
       if (seat.lane == 0) {
@@ -745,11 +923,14 @@ Layout layout_of(const SS2DProblem& problem) {
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
   const int element = problem.dtype == DType::f32 ? 4 : 2, channels = layout.block_channels;
-  params.single = channels + 8;
-  params.twin = 2 * channels + 8;
+  const int spaced =
+      layout.states_per_thread == kDefaultStates && layout.state_lanes == kDefaultLanes ? kDefaultChannels : channels;
+  params.single = single_of(spaced);
+  params.twin = twin_of(spaced);
   const int raw_bytes = 2 * kTile * params.single * element;
   SharedBytes shared;
   params.walk_at = shared.reserve(sizeof(Walk));
+  params.pixels_at = shared.reserve(2 * kTile * sizeof(int));
   params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
   params.decoded_rows_at = element == 2 ? shared.reserve(kTile * layout.pitch * 4) : 0;
   params.x_at = shared.reserve(raw_bytes);
@@ -762,6 +943,10 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * channels * 4);
   params.dweight_at = shared.reserve(static_cast<int>(problem.rank) * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
+  params.scratch_at = layout.states_per_thread == 1
+                          ? 0
+                          : shared.reserve(layout.threads / 32 * kBatch *
+                                           (32 * layout.states_per_thread + kBatchPad) * static_cast<int>(sizeof(float)));
   params.history_at = shared.reserve(
       std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
   params.copy_lanes = layout.threads / kTile;
@@ -816,6 +1001,7 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   params.saved_states = static_cast<const float*>(gradients.states);
   params.x_per_path = gradients.x_per_path;
   params.shared_source = shares_source(problem);
+  params.paired = problem.states % 2 == 0 && problem.rank % 2 == 0;
   params.dx = gradients.dx;
   params.dx_sum = is_float ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;
   params.dproj = gradients.dproj;
