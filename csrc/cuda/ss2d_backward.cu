@@ -26,8 +26,14 @@ namespace {
 constexpr int kMaxThreads = 128;
 constexpr int kMinBlocks = 3;  // a multiprocessor holds: at most 168 registers a thread
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
+constexpr int kWideTile = 16;  // tokens staged at a time in phase 1, which needs less memory for each
 constexpr int kBatch = 4;  // tokens whose gradients of B or C are summed over a warp's channels at a time
 static_assert(kTile % kBatch == 0, "a tile is made of batches");
+
+// Where tiles are staged in shared memory, offsets in bytes. Two tiles of rows and activations are in flight.
+struct Stage {
+  int pixels_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_x_at, decoded_dy_at, delta_at, token_at;
+};
 
 struct BackwardParams : Params {
   Activation dy;              // [M, B, L, D]
@@ -46,9 +52,9 @@ struct BackwardParams : Params {
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
   bool paired;           // rows of dproj can be written two values at a time
-  // Shared memory, offsets in bytes. Two tiles of rows and activations are in flight.
-  int walk_at, pixels_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_at, delta_at, token_at, slope_at, sums_at,
-      channels_at, dweight_at, warp_sums_at, scratch_at, history_at;
+  Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
+  // The rest of shared memory, offsets in bytes.
+  int walk_at, channels_at, slope_at, sums_at, dweight_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
@@ -113,11 +119,17 @@ __device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& se
 
 // What a walk reads of a token, and so stages.
 enum class Reads { b_x, c_dy, all };
+constexpr int tile_of(Reads reads) { return reads == Reads::c_dy ? kWideTile : kTile; }
+template <Reads kReads>
+__device__ inline const Stage& stage_of(const BackwardParams& p) {
+  return kReads == Reads::c_dy ? p.wide : p.narrow;
+}
 
 template <int kBytes>
 __device__ inline void copy_some(uint32_t to, const char* from, int bytes, int lane, int lanes) {
 #pragma unroll 1
-  for (int i = lane * kBytes; i < bytes; i += lanes * kBytes) copy_async<kBytes>(to + i, from + i);
+  for (int i = lane * kBytes; i < bytes; i += lanes * kBytes)  // no "memory": only copies_wait makes the data visible
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to + i), "l"(from + i), "n"(kBytes));
 }
 // copy_row, in little code: these loops run once or twice.
 __device__ inline void copy_run(char* to, const char* from, int bytes, int granule, int lane, int lanes) {
@@ -135,39 +147,42 @@ __device__ inline void copy_run(char* to, const char* from, int bytes, int granu
   }
 }
 
-// Starts the copies of the tile of tokens [q0, q0 + kTile) into buffer 0 or 1, in the order of the scan. Past the end:
+// Starts the copies of the tile of tokens [q0, q0 + kTokens) into buffer 0 or 1, in the order of the scan. Past the end:
 // the last token once more, and its pixel is -1.
 template <Reads kReads>
 __device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer) {
-  if (seat.copy_token < kTile) {
-    const int lane = opaque(seat.copy_lane), element = walk.element, slot = buffer * kTile + seat.copy_token;
-    const int q = q0 + (walk.track.reversed ? kTile - 1 - seat.copy_token : seat.copy_token);
+  constexpr int kTokens = tile_of(kReads);
+  const Stage& stage = stage_of<kReads>(p);
+  const int lanes = p.copy_lanes * kTile / kTokens;
+  if (seat.copy_token < kTokens) {
+    const int lane = opaque(seat.copy_lane), element = walk.element, slot = buffer * kTokens + seat.copy_token;
+    const int q = q0 + (walk.track.reversed ? kTokens - 1 - seat.copy_token : seat.copy_token);
     const int pixel = walk.track.pixel(p, min(q, walk.end - 1));
-    if (lane == 0) reinterpret_cast<int*>(seat.shared + p.pixels_at)[slot] = q < walk.end ? pixel : -1;
-    char* const rows = seat.shared + p.rows_at + buffer * kTile * p.pitch * element;
+    if (lane == 0) reinterpret_cast<int*>(seat.shared + stage.pixels_at)[slot] = q < walk.end ? pixel : -1;
+    char* const rows = seat.shared + stage.rows_at + buffer * kTokens * p.pitch * element;
     char* const bc_to = rows + seat.copy_token * 2 * p.padded_states * element;
     const char* const bc = walk.bases.bc + int64_t{pixel} * p.proj.pixel;
     const int bc_bytes = p.states * element;
     if (kReads == Reads::all && p.padded_states == p.states) {
-      copy_run(bc_to, bc, 2 * bc_bytes, p.proj.granule, lane, p.copy_lanes);
+      copy_run(bc_to, bc, 2 * bc_bytes, p.proj.granule, lane, lanes);
     } else {
-      if constexpr (kReads != Reads::c_dy) copy_run(bc_to, bc, bc_bytes, p.proj.granule, lane, p.copy_lanes);
+      if constexpr (kReads != Reads::c_dy) copy_run(bc_to, bc, bc_bytes, p.proj.granule, lane, lanes);
       if constexpr (kReads != Reads::b_x)
-        copy_run(bc_to + p.padded_states * element, bc + bc_bytes, bc_bytes, p.proj.granule, lane, p.copy_lanes);
+        copy_run(bc_to + p.padded_states * element, bc + bc_bytes, bc_bytes, p.proj.granule, lane, lanes);
     }
     if (p.rank > 0)
-      copy_run(rows + (kTile * 2 * p.padded_states + seat.copy_token * p.low_pitch()) * element,
-               walk.bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element, p.proj.granule, lane, p.copy_lanes);
+      copy_run(rows + (kTokens * 2 * p.padded_states + seat.copy_token * p.low_pitch()) * element,
+               walk.bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element, p.proj.granule, lane, lanes);
     const int at = slot * p.single * element;
     if constexpr (kReads != Reads::c_dy)
-      copy_run(seat.shared + p.x_at + at, walk.bases.x + int64_t{pixel} * p.x.pixel, walk.real_bytes, p.x.granule, lane,
-               p.copy_lanes);
+      copy_run(seat.shared + stage.x_at + at, walk.bases.x + int64_t{pixel} * p.x.pixel, walk.real_bytes, p.x.granule, lane,
+               lanes);
     if constexpr (kReads != Reads::b_x)
-      copy_run(seat.shared + p.dy_at + at, walk.dy + int64_t{pixel} * p.dy.pixel, walk.real_bytes, p.dy.granule, lane,
-               p.copy_lanes);
+      copy_run(seat.shared + stage.dy_at + at, walk.dy + int64_t{pixel} * p.dy.pixel, walk.real_bytes, p.dy.granule, lane,
+               lanes);
     if (p.rank == 0)
-      copy_run(seat.shared + p.delta_at + at, walk.bases.delta + int64_t{pixel} * p.delta.pixel, walk.real_bytes,
-               p.delta.granule, lane, p.copy_lanes);
+      copy_run(seat.shared + stage.delta_at + at, walk.bases.delta + int64_t{pixel} * p.delta.pixel, walk.real_bytes,
+               p.delta.granule, lane, lanes);
   }
   copies_commit();
 }
@@ -205,23 +220,27 @@ __device__ inline void raw_step(const BackwardParams& p, const float* low, const
 template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
 __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
                                      int q0, int buffer) {
+  constexpr int kTokens = tile_of(kReads), kShare = kTokens / (kLanes > 0 ? kLanes : 1);  // a lane's tokens, at most
+  const Stage& stage = stage_of<kReads>(p);
   const Spacing<kLanes> spacing(p);
   const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  const char* const raw_x = seat.shared + p.x_at + buffer * kTile * x_bytes;
-  const char* const raw_dy = seat.shared + p.dy_at + buffer * kTile * x_bytes;
+  const char* const raw_x = seat.shared + stage.x_at + buffer * kTokens * x_bytes;
+  const char* const raw_dy = seat.shared + stage.dy_at + buffer * kTokens * x_bytes;
   float* const tokens = const_cast<float*>(tile.tokens) + seat.c * 2;
   float* const slopes = reinterpret_cast<float*>(seat.shared + p.slope_at) + seat.c;
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const bool partial = q0 + kTile > walk.end || walk.track.first_d + p.block_channels > p.channels;
+  const bool partial = q0 + kTokens > walk.end || walk.track.first_d + p.block_channels > p.channels;
   const StepWeights<CH> weights(p, channels);
   const int first = opaque(seat.lane);
-#pragma unroll(kLanes > 1 ? kTile / kLanes : 2)
-  for (int t = first; t < kTile; t += lanes) {
+#pragma unroll 2
+  for (int i = 0; i < kShare; ++i) {
+    const int t = first + i * lanes;
+    if (kLanes == 0 && t >= kTokens) break;
     float raw[CH], x[CH] = {}, dy[CH] = {}, token[2 * CH], slope[CH];
     if (p.rank > 0) {
       raw_step<CH>(p, tile.low + t * p.low_pitch(), weights, channels, raw);
     } else {
-      read_activation<CH, kHalf>(p, seat.shared + p.delta_at + (buffer * kTile + t) * x_bytes, seat.c, raw);
+      read_activation<CH, kHalf>(p, seat.shared + stage.delta_at + (buffer * kTokens + t) * x_bytes, seat.c, raw);
 #pragma unroll
       for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
     }
@@ -255,28 +274,30 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
 template <Reads kReads, bool kZoh, int CH, int kLanes, typename F>
 __device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer,
                                     F&& issue_next) {
+  constexpr int kTokens = tile_of(kReads);
+  const Stage& stage = stage_of<kReads>(p);
   const int element = p.half ? 2 : 4, row_bytes = p.pitch * element;
   const int single = Spacing<kLanes>(p).single, x_bytes = single * element;
   char* const shared = seat.shared;
   copies_wait();
   __syncthreads();  // the tile is there; nobody needs the one before
   issue_next();
-  Tile tile = {reinterpret_cast<const float*>(shared + p.rows_at + buffer * kTile * row_bytes), nullptr,
-               reinterpret_cast<const float*>(shared + p.x_at + buffer * kTile * x_bytes),
-               reinterpret_cast<const float*>(shared + p.dy_at + buffer * kTile * x_bytes),
-               reinterpret_cast<const float*>(shared + p.token_at),
-               reinterpret_cast<const int*>(shared + p.pixels_at) + buffer * kTile};
+  Tile tile = {reinterpret_cast<const float*>(shared + stage.rows_at + buffer * kTokens * row_bytes), nullptr,
+               reinterpret_cast<const float*>(shared + stage.x_at + buffer * kTokens * x_bytes),
+               reinterpret_cast<const float*>(shared + stage.dy_at + buffer * kTokens * x_bytes),
+               reinterpret_cast<const float*>(shared + stage.token_at),
+               reinterpret_cast<const int*>(shared + stage.pixels_at) + buffer * kTokens};
   if (p.half) {
-    float* decoded = reinterpret_cast<float*>(shared + p.decoded_rows_at);
-    for (int i = threadIdx.x * 4; i < kTile * p.pitch; i += blockDim.x * 4)
+    float* decoded = reinterpret_cast<float*>(shared + stage.decoded_rows_at);
+    for (int i = threadIdx.x * 4; i < kTokens * p.pitch; i += blockDim.x * 4)
       *reinterpret_cast<float4*>(decoded + i) =
-          decode_quad(shared + p.rows_at + buffer * kTile * row_bytes + i * 2, p.dtype);
+          decode_quad(shared + stage.rows_at + buffer * kTokens * row_bytes + i * 2, p.dtype);
     tile.rows = decoded;
-    tile.x = reinterpret_cast<const float*>(shared + p.decoded_at);
-    tile.dy = tile.x + kTile * single;
+    tile.x = reinterpret_cast<const float*>(shared + stage.decoded_x_at);
+    tile.dy = reinterpret_cast<const float*>(shared + stage.decoded_dy_at);
     __syncthreads();
   }
-  tile.low = tile.rows + kTile * 2 * p.padded_states;
+  tile.low = tile.rows + kTokens * 2 * p.padded_states;
   if (p.half) {
     compute_steps<kReads, kZoh, true, CH, kLanes>(p, seat, walk, tile, q0, buffer);
   } else {
@@ -315,8 +336,8 @@ __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + seat.c, seat.lane, a);
   const Spacing<kLanes> spacing(p);
-  const int tiles = (end - begin + kTile - 1) / kTile;
-  auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kTile; };
+  const int tiles = (end - begin + kWideTile - 1) / kWideTile;
+  auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
   issue_tile<Reads::c_dy>(p, seat, walk, first_token(0), 0);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
@@ -324,7 +345,7 @@ __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const
       if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, seat, walk, first_token(i + 1), ~i & 1);
     });
 #pragma unroll 2
-    for (int t = kTile - 1; t >= 0; --t) {
+    for (int t = kWideTile - 1; t >= 0; --t) {
       float token[2 * CH], dy[CH], c_row[NS];
       read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
       read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
@@ -494,6 +515,11 @@ __device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, co
     add_to_dproj(p, own + r, sum_at(2 * p.padded_states + r), part.first_low, part.last_low);
 }
 
+// at + pixel * stride, of numbers that are not negative: one instruction.
+__device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
+  return at + static_cast<int64_t>(uint64_t{static_cast<uint32_t>(pixel)} * static_cast<uint32_t>(stride));
+}
+
 // dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx.
 template <int CH>
 __device__ inline void write_dx(const BackwardParams& p, const Contribution& part, int64_t to, int exist,
@@ -547,7 +573,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
-    if (t >= kTile) break;
+    if (kLanes == 0 && t >= kTile) break;
     const int at = t * spacing.single;
     float sum[2 * CH], x[CH], dy[CH], slope[CH], token[2 * CH], dx[CH], skip[CH];
     read_floats<2 * CH>(sums + t * spacing.twin, sum);
@@ -567,9 +593,9 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
     }
     const int pixel = tile.pixels[t], exist = p.channels - walk.track.first_d - seat.c;
     if (pixel >= 0) {
-      write_dx<CH>(p, part, walk.dx + int64_t{pixel} * walk.dx_pixel + seat.c, exist, dx);
+      write_dx<CH>(p, part, at_pixel(walk.dx + seat.c, pixel, walk.dx_pixel), exist, dx);
       if (p.ddelta != nullptr) {
-        const int64_t to = walk.ddelta + int64_t{pixel} * walk.ddelta_pixel + seat.c;
+        const int64_t to = at_pixel(walk.ddelta + seat.c, pixel, walk.ddelta_pixel);
 #pragma unroll
         for (int c = 0; c < CH; ++c)
           if (c < exist) store_as(p.ddelta, to + c, draw[i][c], p);
@@ -587,7 +613,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       const int t = first + i * lanes;
-      if (t >= kTile) break;
+      if (kLanes == 0 && t >= kTile) break;
       const float value = tile.low[t * p.low_pitch() + r];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
@@ -601,7 +627,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
 #pragma unroll
     for (int v = 0; v < kShare; ++v) {
       const int t = first + (base + v) * lanes;
-      if (v < held && lane_id < kShare * lanes && t < kTile) warp_sums[t * p.pitch + r] = low[v];
+      if (v < held && lane_id < kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch + r] = low[v];
     }
   }
 }
@@ -827,11 +853,18 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const Seat seat = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
                      static_cast<int>(threadIdx.x) % p.copy_lanes, static_cast<int>(threadIdx.x) / p.copy_lanes,
                      reinterpret_cast<char*>(shared_base)};
+  const int wide_lanes = p.copy_lanes * kTile / kWideTile;
+  const Seat wide_seat = {seat.lane, seat.c, static_cast<int>(threadIdx.x) % wide_lanes,
+                          static_cast<int>(threadIdx.x) / wide_lanes, seat.shared};
   const int64_t plane = int64_t{p.states} * p.channels;
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
-  for (int i = threadIdx.x; i < p.history_at / 4; i += blockDim.x) reinterpret_cast<float*>(shared_base)[i] = 0.f;
-  __syncthreads();
+  auto clear = [&] {
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.history_at / 4; i += blockDim.x) reinterpret_cast<float*>(shared_base)[i] = 0.f;
+    __syncthreads();
+  };
+  clear();
   if (p.chunks > 1) {
     const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.paths * p.chunks;
     for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
@@ -840,7 +873,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
       const int begin = chunk * p.chunk, d = track.first_d + seat.c;
       float g[CH][NS] = {}, steps[CH] = {};
-      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, wide_seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, g);
       if (seat.lane == 0) {
@@ -851,6 +884,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     }
     grid.sync();
     prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(seat.shared + p.history_at));
+    clear();
     grid.sync();
   }
   const int images = p.shared_source ? p.batch : p.modalities * p.batch;
@@ -920,33 +954,46 @@ Layout layout_of(const SS2DProblem& problem) {
   return layout;
 }
 
+// The buffers for tiles of `tokens`, of which phase 1 needs neither x nor its decoded copy.
+Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const BackwardParams& params, int tokens,
+                    bool with_x, SharedBytes& shared) {
+  const int element = problem.dtype == DType::f32 ? 4 : 2;
+  const int raw_bytes = 2 * tokens * params.single * element, decoded_bytes = tokens * params.single * 4;
+  Stage stage{};
+  stage.pixels_at = shared.reserve(2 * tokens * static_cast<int>(sizeof(int)));
+  stage.rows_at = shared.reserve(2 * tokens * layout.pitch * element);
+  if (element == 2) stage.decoded_rows_at = shared.reserve(tokens * layout.pitch * 4);
+  if (with_x) stage.x_at = shared.reserve(raw_bytes);
+  stage.dy_at = shared.reserve(raw_bytes);
+  if (element == 2) {
+    stage.decoded_x_at = with_x ? shared.reserve(decoded_bytes) : 0;
+    stage.decoded_dy_at = shared.reserve(decoded_bytes);
+  }
+  if (problem.rank == 0) stage.delta_at = shared.reserve(raw_bytes);
+  stage.token_at = shared.reserve(tokens * params.twin * 4);
+  return stage;
+}
+
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
-  const int element = problem.dtype == DType::f32 ? 4 : 2, channels = layout.block_channels;
+  const int channels = layout.block_channels, rank = static_cast<int>(problem.rank);
   const int spaced =
       layout.states_per_thread == kDefaultStates && layout.state_lanes == kDefaultLanes ? kDefaultChannels : channels;
   params.single = single_of(spaced);
   params.twin = twin_of(spaced);
-  const int raw_bytes = 2 * kTile * params.single * element;
   SharedBytes shared;
   params.walk_at = shared.reserve(sizeof(Walk));
-  params.pixels_at = shared.reserve(2 * kTile * sizeof(int));
-  params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
-  params.decoded_rows_at = element == 2 ? shared.reserve(kTile * layout.pitch * 4) : 0;
-  params.x_at = shared.reserve(raw_bytes);
-  params.dy_at = shared.reserve(raw_bytes);
-  params.decoded_at = element == 2 ? shared.reserve(2 * kTile * params.single * 4) : 0;
-  params.delta_at = problem.rank == 0 ? shared.reserve(raw_bytes) : 0;
-  params.token_at = shared.reserve(kTile * params.twin * 4);
+  params.channels_at = shared.reserve(staged_rows(rank) * channels * 4);
+  SharedBytes wide = shared;
+  params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
+  params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
   params.slope_at = shared.reserve(kTile * params.single * 4);
   params.sums_at = shared.reserve(kTile * params.twin * 4);
-  params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * channels * 4);
-  params.dweight_at = shared.reserve(static_cast<int>(problem.rank) * layout.threads * layout.channels_per_thread * 4);
+  params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
-  params.scratch_at = layout.states_per_thread == 1
-                          ? 0
-                          : shared.reserve(layout.threads / 32 * kBatch *
-                                           (32 * layout.states_per_thread + kBatchPad) * static_cast<int>(sizeof(float)));
+  if (layout.states_per_thread > 1)
+    params.scratch_at = shared.reserve(layout.threads / 32 * kBatch * (32 * layout.states_per_thread + kBatchPad) * 4);
+  shared.count = std::max(shared.count, wide.count);
   params.history_at = shared.reserve(
       std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
   params.copy_lanes = layout.threads / kTile;
