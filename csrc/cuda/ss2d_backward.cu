@@ -78,45 +78,6 @@ struct Spacing {
   __device__ static int slot(int t) { return kLanes == kDefaultLanes ? t : opaque(t); }
 };
 
-// What a walk of one block along one path keeps at hand, in shared memory.
-struct Walk {
-  Track track;
-  Bases bases;
-  const char* dy;  // at pixel 0, first channel of the block
-  int end;         // of the chunk
-  int element;
-  int real_bytes;  // of the block's channels that exist
-  // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
-  // part and that of the B and C it reads; and from pixel to pixel.
-  int64_t dx, ddelta, own_row, bc_row;
-  int dx_pixel, ddelta_pixel, row_pixel;
-  __device__ Walk(const BackwardParams& p, const Track& t, int end)
-      : track(t),
-        bases(p, t),
-        dy(p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * p.element()),
-        end(end),
-        element(p.element()),
-        real_bytes(min(p.block_channels, p.channels - t.first_d) * p.element()),
-        dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
-        ddelta_pixel(p.paths * p.channels),
-        row_pixel(p.paths * p.row()) {
-    const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
-    const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
-    dx = image * dx_pixel + (p.x_per_path ? t.k * p.channels : 0) + t.first_d;
-    ddelta = image * ddelta_pixel + t.k * p.channels + t.first_d;
-    own_row = image * row_pixel + t.k * p.row();
-    bc_row = source * row_pixel + t.k * p.row() + p.rank;
-  }
-};
-__device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& seat, const Track& track, int end) {
-  Walk* const walk = reinterpret_cast<Walk*>(seat.shared + p.walk_at);
-  __syncthreads();  // nobody reads what the walk before needed
-  stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), threadIdx.x, blockDim.x);
-  if (threadIdx.x == 0) *walk = Walk(p, track, end);
-  __syncthreads();
-  return *walk;
-}
-
 // What a walk reads of a token, and so stages.
 enum class Reads { b_x, c_dy, all };
 constexpr int tile_of(Reads reads) { return reads == Reads::c_dy ? kWideTile : kTile; }
@@ -125,64 +86,101 @@ __device__ inline const Stage& stage_of(const BackwardParams& p) {
   return kReads == Reads::c_dy ? p.wide : p.narrow;
 }
 
+// One of the things that are copied of every token: contiguous bytes in memory and in shared memory.
+struct Run {
+  const char* from;  // at pixel 0
+  int pixel;         // bytes from pixel to pixel
+  int bytes, granule;
+  int to, token_pitch, buffer_pitch;  // in shared memory
+};
+constexpr int kRuns = 5;  // in this order: x, dy, B, C, and the low-rank part or delta
+
+// What a walk of one block along one path keeps at hand, in shared memory.
+struct Walk {
+  Track track;
+  Run runs[kRuns];
+  int end;         // of the chunk
+  // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
+  // part and that of the B and C it reads; and from pixel to pixel.
+  int64_t dx, ddelta, own_row, bc_row;
+  int dx_pixel, ddelta_pixel, row_pixel;
+  __device__ Walk(const BackwardParams& p, const Track& t, int end, const Stage& stage, int tile)
+      : track(t),
+        end(end),
+        dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
+        ddelta_pixel(p.paths * p.channels),
+        row_pixel(p.paths * p.row()) {
+    const Bases bases(p, t);
+    const int element = p.element(), states = p.states * element, padded = p.padded_states * element;
+    const int channels = min(p.block_channels, p.channels - t.first_d) * element, single = p.single * element;
+    const int row_buffer = tile * p.pitch * element;
+    const char* const dy = p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * element;
+    runs[0] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, tile * single};
+    runs[1] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, tile * single};
+    runs[2] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
+    runs[3] = runs[2];
+    runs[3].from += states;
+    runs[3].to += padded;
+    if (p.rank > 0) {
+      runs[4] = {bases.low,        p.proj.pixel, p.rank * element, p.proj.granule, stage.rows_at + tile * 2 * padded,
+                 p.low_pitch() * element, row_buffer};
+    } else {
+      runs[4] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, tile * single};
+    }
+    const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
+    const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
+    dx = image * dx_pixel + (p.x_per_path ? t.k * p.channels : 0) + t.first_d;
+    ddelta = image * ddelta_pixel + t.k * p.channels + t.first_d;
+    own_row = image * row_pixel + t.k * p.row();
+    bc_row = source * row_pixel + t.k * p.row() + p.rank;
+  }
+};
+template <Reads kReads>
+__device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& seat, const Track& track, int end) {
+  Walk* const walk = reinterpret_cast<Walk*>(seat.shared + p.walk_at);
+  __syncthreads();  // nobody reads what the walk before needed
+  stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), threadIdx.x, blockDim.x);
+  if (threadIdx.x == 0) *walk = Walk(p, track, end, stage_of<kReads>(p), tile_of(kReads));
+  __syncthreads();
+  return *walk;
+}
+
+// One of `lanes` threads' share of a run; these loops run a few times only.
 template <int kBytes>
 __device__ inline void copy_some(uint32_t to, const char* from, int bytes, int lane, int lanes) {
 #pragma unroll 1
-  for (int i = lane * kBytes; i < bytes; i += lanes * kBytes)  // no "memory": only copies_wait makes the data visible
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to + i), "l"(from + i), "n"(kBytes));
-}
-// copy_row, in little code: these loops run once or twice.
-__device__ inline void copy_run(char* to, const char* from, int bytes, int granule, int lane, int lanes) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if (granule == 16) {
-    copy_some<16>(at, from, bytes, lane, lanes);
-  } else if (granule == 8) {
-    copy_some<8>(at, from, bytes, lane, lanes);
-  } else if (granule == 4) {
-    copy_some<4>(at, from, bytes, lane, lanes);
-  } else {  // 16-bit rows that start on odd elements: cp.async cannot
-#pragma unroll 1
-    for (int i = lane * 2; i < bytes; i += lanes * 2)
-      *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
-  }
+  for (int i = lane * kBytes; i < bytes; i += lanes * kBytes) copy_async<kBytes>(to + i, from + i);
 }
 
-// Starts the copies of the tile of tokens [q0, q0 + kTokens) into buffer 0 or 1, in the order of the scan. Past the end:
-// the last token once more, and its pixel is -1.
+// Starts the copies of the tile of tokens [q0, q0 + kTokens) into buffer 0 or 1, in the order of the scan: each warp
+// takes runs. Past the end: the last token once more, and its pixel is -1.
 template <Reads kReads>
 __device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer) {
-  constexpr int kTokens = tile_of(kReads);
-  const Stage& stage = stage_of<kReads>(p);
-  const int lanes = p.copy_lanes * kTile / kTokens;
-  if (seat.copy_token < kTokens) {
-    const int lane = opaque(seat.copy_lane), element = walk.element, slot = buffer * kTokens + seat.copy_token;
-    const int q = q0 + (walk.track.reversed ? kTokens - 1 - seat.copy_token : seat.copy_token);
-    const int pixel = walk.track.pixel(p, min(q, walk.end - 1));
-    if (lane == 0) reinterpret_cast<int*>(seat.shared + stage.pixels_at)[slot] = q < walk.end ? pixel : -1;
-    char* const rows = seat.shared + stage.rows_at + buffer * kTokens * p.pitch * element;
-    char* const bc_to = rows + seat.copy_token * 2 * p.padded_states * element;
-    const char* const bc = walk.bases.bc + int64_t{pixel} * p.proj.pixel;
-    const int bc_bytes = p.states * element;
-    if (kReads == Reads::all && p.padded_states == p.states) {
-      copy_run(bc_to, bc, 2 * bc_bytes, p.proj.granule, lane, lanes);
-    } else {
-      if constexpr (kReads != Reads::c_dy) copy_run(bc_to, bc, bc_bytes, p.proj.granule, lane, lanes);
-      if constexpr (kReads != Reads::b_x)
-        copy_run(bc_to + p.padded_states * element, bc + bc_bytes, bc_bytes, p.proj.granule, lane, lanes);
+  constexpr int kTokens = tile_of(kReads), kLanes = 32 / kTokens;
+  const int lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
+  const int token = lane_id / kLanes, lane = lane_id % kLanes;
+  const int q = q0 + (walk.track.reversed ? kTokens - 1 - token : token);
+  const int pixel = walk.track.pixel(p, min(q, walk.end - 1));
+  if (warp == 0)
+    reinterpret_cast<int*>(seat.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + token] =
+        q < walk.end ? pixel : -1;
+#pragma unroll 1
+  for (int i = warp; i < (kReads == Reads::all ? kRuns : 3); i += blockDim.x / 32) {
+    const Run run = walk.runs[kReads == Reads::all ? i : kReads == Reads::b_x ? 2 * i : min(2 * i + 1, kRuns - 1)];
+    const char* const from = run.from + int64_t{pixel} * run.pixel;
+    char* const to = seat.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    if (run.granule == 16) {
+      copy_some<16>(at, from, run.bytes, lane, kLanes);
+    } else if (run.granule == 8) {
+      copy_some<8>(at, from, run.bytes, lane, kLanes);
+    } else if (run.granule == 4) {
+      copy_some<4>(at, from, run.bytes, lane, kLanes);
+    } else {  // 16-bit rows that start on odd elements: cp.async cannot
+#pragma unroll 1
+      for (int j = lane * 2; j < run.bytes; j += kLanes * 2)
+        *reinterpret_cast<uint16_t*>(to + j) = *reinterpret_cast<const uint16_t*>(from + j);
     }
-    if (p.rank > 0)
-      copy_run(rows + (kTokens * 2 * p.padded_states + seat.copy_token * p.low_pitch()) * element,
-               walk.bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element, p.proj.granule, lane, lanes);
-    const int at = slot * p.single * element;
-    if constexpr (kReads != Reads::c_dy)
-      copy_run(seat.shared + stage.x_at + at, walk.bases.x + int64_t{pixel} * p.x.pixel, walk.real_bytes, p.x.granule, lane,
-               lanes);
-    if constexpr (kReads != Reads::b_x)
-      copy_run(seat.shared + stage.dy_at + at, walk.dy + int64_t{pixel} * p.dy.pixel, walk.real_bytes, p.dy.granule, lane,
-               lanes);
-    if (p.rank == 0)
-      copy_run(seat.shared + stage.delta_at + at, walk.bases.delta + int64_t{pixel} * p.delta.pixel, walk.real_bytes,
-               p.delta.granule, lane, lanes);
   }
   copies_commit();
 }
@@ -226,47 +224,75 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
   const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
   const char* const raw_x = seat.shared + stage.x_at + buffer * kTokens * x_bytes;
   const char* const raw_dy = seat.shared + stage.dy_at + buffer * kTokens * x_bytes;
-  float* const tokens = const_cast<float*>(tile.tokens) + seat.c * 2;
-  float* const slopes = reinterpret_cast<float*>(seat.shared + p.slope_at) + seat.c;
-  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const bool partial = q0 + kTokens > walk.end || walk.track.first_d + p.block_channels > p.channels;
-  const StepWeights<CH> weights(p, channels);
   const int first = opaque(seat.lane);
-#pragma unroll 2
+  float* const tokens = const_cast<float*>(tile.tokens) + first * spacing.twin + seat.c * 2;
+  float* const slopes = reinterpret_cast<float*>(seat.shared + p.slope_at) + first * spacing.single + seat.c;
+  float* const xs = const_cast<float*>(tile.x) + first * spacing.single + seat.c;
+  float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + seat.c;
+  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
+  const float* const low = tile.low + first * p.low_pitch();
+  const char* const raw_delta = seat.shared + stage.delta_at + buffer * kTokens * x_bytes;
+  const StepWeights<CH> weights(p, channels);
+#pragma unroll(kLanes > 1 ? 4 : 2)
   for (int i = 0; i < kShare; ++i) {
-    const int t = first + i * lanes;
-    if (kLanes == 0 && t >= kTokens) break;
-    float raw[CH], x[CH] = {}, dy[CH] = {}, token[2 * CH], slope[CH];
+    const int t = i * lanes;  // after the first
+    if (kLanes == 0 && first + t >= kTokens) break;
+    float raw[CH], x[CH], dy[CH], token[2 * CH], slope[CH];
     if (p.rank > 0) {
-      raw_step<CH>(p, tile.low + t * p.low_pitch(), weights, channels, raw);
+      raw_step<CH>(p, low + t * p.low_pitch(), weights, channels, raw);
     } else {
-      read_activation<CH, kHalf>(p, seat.shared + stage.delta_at + (buffer * kTokens + t) * x_bytes, seat.c, raw);
+      read_activation<CH, kHalf>(p, raw_delta + (first + t) * x_bytes, seat.c, raw);
 #pragma unroll
       for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
     }
-    if constexpr (kReads != Reads::c_dy) read_activation<CH, kHalf>(p, raw_x + t * x_bytes, seat.c, x);
-    if (kReads != Reads::b_x && (kHalf || partial)) read_activation<CH, kHalf>(p, raw_dy + t * x_bytes, seat.c, dy);
+    if (p.softplus) {
 #pragma unroll
-    for (int c = 0; c < CH; ++c) {
-      if constexpr (kReads == Reads::all) {
-        const Step step = p.softplus ? softplus_step(raw[c]) : Step{raw[c], 1.f};
-        token[c] = step.value;
-        slope[c] = step.slope;
-      } else {
-        token[c] = p.softplus ? softplus(raw[c]) : raw[c];
+      for (int c = 0; c < CH; ++c) {
+        if constexpr (kReads == Reads::all) {
+          const Step step = softplus_step(raw[c]);
+          token[c] = step.value;
+          slope[c] = step.slope;
+        } else {
+          token[c] = softplus(raw[c]);
+        }
       }
-      // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay
-      // 1, and nothing is added.
-      if (partial && (tile.pixels[t] < 0 || walk.track.first_d + seat.c + c >= p.channels))
-        token[c] = x[c] = dy[c] = slope[c] = 0.f;
-      token[CH + c] = kZoh ? x[c] : token[c] * x[c];
+    } else {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        token[c] = raw[c];
+        slope[c] = 1.f;
+      }
+    }
+    if constexpr (kReads == Reads::c_dy) {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) token[CH + c] = 0.f;  // nobody reads it
+    } else {
+      read_activation<CH, kHalf>(p, raw_x + (first + t) * x_bytes, seat.c, x);
+#pragma unroll
+      for (int c = 0; c < CH; ++c) token[CH + c] = kZoh ? x[c] : token[c] * x[c];
+      if constexpr (kHalf) write_floats<CH>(xs + t * spacing.single, x);
+    }
+    if constexpr (kHalf && kReads != Reads::b_x) {
+      read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, seat.c, dy);
+      write_floats<CH>(dys + t * spacing.single, dy);
     }
     write_floats<2 * CH>(tokens + t * spacing.twin, token);
-    if (kHalf || partial) {
-      if constexpr (kReads != Reads::c_dy) write_floats<CH>(const_cast<float*>(tile.x) + t * spacing.single + seat.c, x);
-      if constexpr (kReads != Reads::b_x) write_floats<CH>(const_cast<float*>(tile.dy) + t * spacing.single + seat.c, dy);
-    }
     if constexpr (kReads == Reads::all) write_floats<CH>(slopes + t * spacing.single, slope);
+  }
+  // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
+  // and nothing is added.
+  if (q0 + kTokens > walk.end || walk.track.first_d + p.block_channels > p.channels) {
+#pragma unroll 1
+    for (int t = 0; first + t < kTokens; t += lanes) {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        if (tile.pixels[first + t] >= 0 && walk.track.first_d + seat.c + c < p.channels) continue;
+        tokens[t * spacing.twin + c] = tokens[t * spacing.twin + CH + c] = 0.f;
+        if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
+        if constexpr (kReads != Reads::b_x) dys[t * spacing.single + c] = 0.f;
+        if constexpr (kReads == Reads::all) slopes[t * spacing.single + c] = 0.f;
+      }
+    }
   }
 }
 
@@ -332,7 +358,7 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 template <int NS, int CH, int kLanes, bool kSharedDecay>
 __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const Track& track, int begin, int end,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
-  const Walk& walk = begin_walk(p, seat, track, end);
+  const Walk& walk = begin_walk<Reads::c_dy>(p, seat, track, end);
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + seat.c, seat.lane, a);
   const Spacing<kLanes> spacing(p);
@@ -638,7 +664,7 @@ template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track& track, int chunk,
                           const Contribution& part, float (&g)[CH][NS]) {
   const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
-  const Walk& walk = begin_walk(p, seat, track, end);
+  const Walk& walk = begin_walk<Reads::all>(p, seat, track, end);
   const int d = track.first_d + seat.c;
   const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = kLanes > 0 ? kLanes : p.state_lanes;
   constexpr int kDecays = kSharedDecay ? 1 : NS;
@@ -853,9 +879,6 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const Seat seat = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
                      static_cast<int>(threadIdx.x) % p.copy_lanes, static_cast<int>(threadIdx.x) / p.copy_lanes,
                      reinterpret_cast<char*>(shared_base)};
-  const int wide_lanes = p.copy_lanes * kTile / kWideTile;
-  const Seat wide_seat = {seat.lane, seat.c, static_cast<int>(threadIdx.x) % wide_lanes,
-                          static_cast<int>(threadIdx.x) / wide_lanes, seat.shared};
   const int64_t plane = int64_t{p.states} * p.channels;
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
@@ -873,7 +896,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
       const int begin = chunk * p.chunk, d = track.first_d + seat.c;
       float g[CH][NS] = {}, steps[CH] = {};
-      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, wide_seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, g);
       if (seat.lane == 0) {
