@@ -24,13 +24,15 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 128;
-constexpr int kMinBlocks = 3;  // a multiprocessor holds: at most 168 registers a thread
+// Blocks that a multiprocessor holds: at most 168 registers a thread, 128 with one state.
+constexpr int min_blocks(int states_per_thread) { return states_per_thread == 1 ? 4 : 3; }
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
 constexpr int kWideTile = 16;  // tokens staged at a time in phase 1, which needs less memory for each
 constexpr int kBatch = 4;  // tokens whose gradients of B or C are summed over a warp's channels at a time
 static_assert(kTile % kBatch == 0, "a tile is made of batches");
 
-// Where tiles are staged in shared memory, offsets in bytes. Two tiles of rows and activations are in flight.
+// Where tiles are staged in shared memory, offsets in bytes: as copied, two tiles of float, one of a 16-bit type, which
+// is free again once it has been decoded.
 struct Stage {
   int pixels_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_x_at, decoded_dy_at, delta_at, token_at;
 };
@@ -54,7 +56,7 @@ struct BackwardParams : Params {
   bool paired;           // rows of dproj can be written two values at a time
   Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
   // The rest of shared memory, offsets in bytes.
-  int walk_at, channels_at, slope_at, sums_at, dweight_at, warp_sums_at, scratch_at, history_at;
+  int walk_at, channels_at, steps_at, dweight_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
@@ -113,10 +115,10 @@ struct Walk {
     const Bases bases(p, t);
     const int element = p.element(), states = p.states * element, padded = p.padded_states * element;
     const int channels = min(p.block_channels, p.channels - t.first_d) * element, single = p.single * element;
-    const int row_buffer = tile * p.pitch * element;
+    const int row_buffer = p.half ? 0 : tile * p.pitch * element, buffer = p.half ? 0 : tile * single;
     const char* const dy = p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * element;
-    runs[0] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, tile * single};
-    runs[1] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, tile * single};
+    runs[0] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, buffer};
+    runs[1] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, buffer};
     runs[2] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
     runs[3] = runs[2];
     runs[3].from += states;
@@ -125,7 +127,7 @@ struct Walk {
       runs[4] = {bases.low,        p.proj.pixel, p.rank * element, p.proj.granule, stage.rows_at + tile * 2 * padded,
                  p.low_pitch() * element, row_buffer};
     } else {
-      runs[4] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, tile * single};
+      runs[4] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, buffer};
     }
     const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
     const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
@@ -152,8 +154,8 @@ __device__ inline void copy_some(uint32_t to, const char* from, int bytes, int l
   for (int i = lane * kBytes; i < bytes; i += lanes * kBytes) copy_async<kBytes>(to + i, from + i);
 }
 
-// Starts the copies of the tile of tokens [q0, q0 + kTokens) into buffer 0 or 1, in the order of the scan: each warp
-// takes runs. Past the end: the last token once more, and its pixel is -1.
+// Starts the copies of the tile of tokens [q0, q0 + kTokens) in the order of the scan, into buffer 0 or 1 (of
+// float): each warp takes runs. Past the end: the last token once more, and its pixel is -1.
 template <Reads kReads>
 __device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer) {
   constexpr int kTokens = tile_of(kReads), kLanes = 32 / kTokens;
@@ -191,29 +193,30 @@ struct Tile {
   const float* low;     // [kTile, low_pitch]
   const float* x;       // [kTile, single]
   const float* dy;      // [kTile, single]
-  const float* tokens;  // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
+  float* tokens;        // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
   const int* pixels;    // [kTile]: -1 past the end
 };
 
-// dt_bias + low rank * dt_weight of one token (rank > 0), from its low-rank part, which zeros follow.
-template <int CH>
-__device__ inline void raw_step(const BackwardParams& p, const float* low, const StepWeights<CH>& weights,
+// dt_bias + low rank * dt_weight of one token (rank > 0), from its low-rank part as copied, which zeros follow.
+template <int CH, bool kHalf>
+__device__ inline void raw_step(const BackwardParams& p, const char* low, const StepWeights<CH>& weights,
                                 const float* channels, float (&raw)[CH]) {
-  const float2 first = *reinterpret_cast<const float2*>(low);
+  float pair[2];
+  read_activation<2, kHalf>(p, low, 0, pair);
 #pragma unroll
-  for (int c = 0; c < CH; ++c) raw[c] = fmaf(first.y, weights.w[1][c], fmaf(first.x, weights.w[0][c], weights.bias[c]));
+  for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair[1], weights.w[1][c], fmaf(pair[0], weights.w[0][c], weights.bias[c]));
 #pragma unroll 1
   for (int r = 2; r < p.rank; r += 2) {
-    const float2 pair = *reinterpret_cast<const float2*>(low + r);
+    read_activation<2, kHalf>(p, low, r, pair);
     float w[2][CH];
     read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
     read_floats<CH>(channels + (kWeightRows + r + 1) * p.block_channels, w[1]);
 #pragma unroll
-    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[1][c], fmaf(pair.x, w[0][c], raw[c]));
+    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair[1], w[1][c], fmaf(pair[0], w[0][c], raw[c]));
   }
 }
 
-// Computes the steps (and their slopes, for Reads::all) of a staged tile and makes float of its activations; every lane
+// Computes the steps of a staged tile (a second copy of them for Reads::all) and makes float of its activations; every lane
 // of a channel takes its share of the tokens.
 template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
 __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
@@ -222,47 +225,38 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
   const Stage& stage = stage_of<kReads>(p);
   const Spacing<kLanes> spacing(p);
   const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  const char* const raw_x = seat.shared + stage.x_at + buffer * kTokens * x_bytes;
-  const char* const raw_dy = seat.shared + stage.dy_at + buffer * kTokens * x_bytes;
+  const int raw = kHalf ? 0 : buffer * kTokens * x_bytes;
+  const char* const raw_x = seat.shared + stage.x_at + raw;
+  const char* const raw_dy = seat.shared + stage.dy_at + raw;
+  const char* const raw_delta = seat.shared + stage.delta_at + raw;
   const int first = opaque(seat.lane);
-  float* const tokens = const_cast<float*>(tile.tokens) + first * spacing.twin + seat.c * 2;
-  float* const slopes = reinterpret_cast<float*>(seat.shared + p.slope_at) + first * spacing.single + seat.c;
+  float* const tokens = tile.tokens + first * spacing.twin + seat.c * 2;
+  float* const steps = reinterpret_cast<float*>(seat.shared + p.steps_at) + first * spacing.single + seat.c;
   float* const xs = const_cast<float*>(tile.x) + first * spacing.single + seat.c;
   float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + seat.c;
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const float* const low = tile.low + first * p.low_pitch();
-  const char* const raw_delta = seat.shared + stage.delta_at + buffer * kTokens * x_bytes;
+  const int low_bytes = p.low_pitch() * (kHalf ? 2 : 4);
+  const char* const low = seat.shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * 4) +
+                          kTokens * 2 * p.padded_states * (kHalf ? 2 : 4) + first * low_bytes;
   const StepWeights<CH> weights(p, channels);
 #pragma unroll(kLanes > 1 ? 4 : 2)
   for (int i = 0; i < kShare; ++i) {
     const int t = i * lanes;  // after the first
     if (kLanes == 0 && first + t >= kTokens) break;
-    float raw[CH], x[CH], dy[CH], token[2 * CH], slope[CH];
+    float token[2 * CH], x[CH], dy[CH], step[CH];
     if (p.rank > 0) {
-      raw_step<CH>(p, low + t * p.low_pitch(), weights, channels, raw);
+      raw_step<CH, kHalf>(p, low + t * low_bytes, weights, channels, step);
     } else {
-      read_activation<CH, kHalf>(p, raw_delta + (first + t) * x_bytes, seat.c, raw);
+      read_activation<CH, kHalf>(p, raw_delta + (first + t) * x_bytes, seat.c, step);
 #pragma unroll
-      for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
+      for (int c = 0; c < CH; ++c) step[c] += weights.bias[c];
     }
     if (p.softplus) {
 #pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        if constexpr (kReads == Reads::all) {
-          const Step step = softplus_step(raw[c]);
-          token[c] = step.value;
-          slope[c] = step.slope;
-        } else {
-          token[c] = softplus(raw[c]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        token[c] = raw[c];
-        slope[c] = 1.f;
-      }
+      for (int c = 0; c < CH; ++c) step[c] = softplus(step[c]);
     }
+#pragma unroll
+    for (int c = 0; c < CH; ++c) token[c] = step[c];
     if constexpr (kReads == Reads::c_dy) {
 #pragma unroll
       for (int c = 0; c < CH; ++c) token[CH + c] = 0.f;  // nobody reads it
@@ -277,7 +271,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
       write_floats<CH>(dys + t * spacing.single, dy);
     }
     write_floats<2 * CH>(tokens + t * spacing.twin, token);
-    if constexpr (kReads == Reads::all) write_floats<CH>(slopes + t * spacing.single, slope);
+    if constexpr (kReads == Reads::all) write_floats<CH>(steps + t * spacing.single, step);
   }
   // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
   // and nothing is added.
@@ -290,7 +284,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
         tokens[t * spacing.twin + c] = tokens[t * spacing.twin + CH + c] = 0.f;
         if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
         if constexpr (kReads != Reads::b_x) dys[t * spacing.single + c] = 0.f;
-        if constexpr (kReads == Reads::all) slopes[t * spacing.single + c] = 0.f;
+        if constexpr (kReads == Reads::all) steps[t * spacing.single + c] = 0.f;
       }
     }
   }
@@ -302,34 +296,34 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, c
                                     F&& issue_next) {
   constexpr int kTokens = tile_of(kReads);
   const Stage& stage = stage_of<kReads>(p);
-  const int element = p.half ? 2 : 4, row_bytes = p.pitch * element;
-  const int single = Spacing<kLanes>(p).single, x_bytes = single * element;
+  const int single = Spacing<kLanes>(p).single;
   char* const shared = seat.shared;
+  auto floats = [&](int at) { return reinterpret_cast<float*>(shared + at); };
+  Tile tile;
+  tile.tokens = floats(stage.token_at);
+  tile.pixels = reinterpret_cast<const int*>(shared + stage.pixels_at) + buffer * kTokens;
   copies_wait();
   __syncthreads();  // the tile is there; nobody needs the one before
-  issue_next();
-  Tile tile = {reinterpret_cast<const float*>(shared + stage.rows_at + buffer * kTokens * row_bytes), nullptr,
-               reinterpret_cast<const float*>(shared + stage.x_at + buffer * kTokens * x_bytes),
-               reinterpret_cast<const float*>(shared + stage.dy_at + buffer * kTokens * x_bytes),
-               reinterpret_cast<const float*>(shared + stage.token_at),
-               reinterpret_cast<const int*>(shared + stage.pixels_at) + buffer * kTokens};
   if (p.half) {
-    float* decoded = reinterpret_cast<float*>(shared + stage.decoded_rows_at);
+    float* const rows = floats(stage.decoded_rows_at);
     for (int i = threadIdx.x * 4; i < kTokens * p.pitch; i += blockDim.x * 4)
-      *reinterpret_cast<float4*>(decoded + i) =
-          decode_quad(shared + stage.rows_at + buffer * kTokens * row_bytes + i * 2, p.dtype);
-    tile.rows = decoded;
-    tile.x = reinterpret_cast<const float*>(shared + stage.decoded_x_at);
-    tile.dy = reinterpret_cast<const float*>(shared + stage.decoded_dy_at);
-    __syncthreads();
-  }
-  tile.low = tile.rows + kTokens * 2 * p.padded_states;
-  if (p.half) {
+      *reinterpret_cast<float4*>(rows + i) = decode_quad(shared + stage.rows_at + i * 2, p.dtype);
+    tile.rows = rows;
+    tile.x = floats(stage.decoded_x_at);
+    tile.dy = floats(stage.decoded_dy_at);
+    tile.low = rows + kTokens * 2 * p.padded_states;
     compute_steps<kReads, kZoh, true, CH, kLanes>(p, seat, walk, tile, q0, buffer);
+    __syncthreads();  // all is decoded
+    issue_next();
   } else {
+    issue_next();
+    tile.rows = floats(stage.rows_at) + buffer * kTokens * p.pitch;
+    tile.x = floats(stage.x_at) + buffer * kTokens * single;
+    tile.dy = floats(stage.dy_at) + buffer * kTokens * single;
+    tile.low = tile.rows + kTokens * 2 * p.padded_states;
     compute_steps<kReads, kZoh, false, CH, kLanes>(p, seat, walk, tile, q0, buffer);
+    __syncwarp();  // the lanes of a channel are in one warp
   }
-  __syncwarp();  // the lanes of a channel are in one warp
   return tile;
 }
 
@@ -583,6 +577,18 @@ __device__ inline void write_dx(const BackwardParams& p, const Contribution& par
   }
 }
 
+// The derivative of softplus where it is `step`: 1 - e^-step, by its Taylor series where the difference would cancel.
+__device__ inline float slope_of(float step) {
+  float p = 1.f / 5040.f;
+  p = fmaf(p, -step, 1.f / 720.f);
+  p = fmaf(p, -step, 1.f / 120.f);
+  p = fmaf(p, -step, 1.f / 24.f);
+  p = fmaf(p, -step, 1.f / 6.f);
+  p = fmaf(p, -step, 0.5f);
+  p = fmaf(p, -step, 1.f);
+  return step < 0.5f ? step * p : 1.f - exp2_fast(-step * kLog2e);
+}
+
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
@@ -591,8 +597,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.sums_at) + seat.c * 2;
-  const float* const slopes = reinterpret_cast<const float*>(seat.shared + p.slope_at) + seat.c;
+  const float* const steps = reinterpret_cast<const float*>(seat.shared + p.steps_at) + seat.c;
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
   const int first = opaque(seat.lane);
   float draw[kShare][CH] = {};
@@ -601,19 +606,18 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
     const int t = first + i * lanes;
     if (kLanes == 0 && t >= kTile) break;
     const int at = t * spacing.single;
-    float sum[2 * CH], x[CH], dy[CH], slope[CH], token[2 * CH], dx[CH], skip[CH];
-    read_floats<2 * CH>(sums + t * spacing.twin, sum);
-    read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
+    float sum[2 * CH], x[CH], dy[CH], step[CH], dx[CH], skip[CH];
+    read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, sum);
     read_floats<CH>(tile.x + at + seat.c, x);
     read_floats<CH>(tile.dy + at + seat.c, dy);
-    read_floats<CH>(slopes + at, slope);
+    read_floats<CH>(steps + at, step);
     read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       // sum: d step through the decay, and dh * B (zoh: d step in full, and dx)
       const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
-      draw[i][c] = dstep * slope[c];
-      dx[c] = fmaf(skip[c], dy[c], kZoh ? sum[CH + c] : token[c] * sum[CH + c]);
+      draw[i][c] = p.softplus ? dstep * slope_of(step[c]) : dstep;
+      dx[c] = fmaf(skip[c], dy[c], kZoh ? sum[CH + c] : step[c] * sum[CH + c]);
       grads.bias[c] += draw[i][c];
       grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
     }
@@ -679,7 +683,6 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     return history + (((tile * CH + c) * (NS / V) + j / V) * blockDim.x + threadIdx.x) * V;
   };
   float* const warp_sums = reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch;
-  float* const sums = reinterpret_cast<float*>(seat.shared + p.sums_at) + seat.c * 2;
   constexpr int kBatchPitch = 32 * NS + kBatchPad;
   float* const scratch = reinterpret_cast<float*>(seat.shared + p.scratch_at) + warp * kBatch * kBatchPitch;
   const Spacing<kLanes> spacing(p);
@@ -823,11 +826,12 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           write_batch(j % kBatch, db);
           if (j % kBatch == 0) sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + j * p.pitch);
         }
+        // In the place of the step and the input, which no lane of the channel needs any more.
         const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
         const int sum_held = max(1, 2 * CH / lanes);
 #pragma unroll
         for (int v = 0; v < 2 * CH; ++v)
-          if (v < sum_held && seat.lane < 2 * CH) sums[t * spacing.twin + sum_base + v] = sum[v];
+          if (v < sum_held && seat.lane < 2 * CH) tile.tokens[t * spacing.twin + seat.c * 2 + sum_base + v] = sum[v];
       }
       if constexpr (NS == 1) write_single(single_db, 0);
       __syncwarp();
@@ -871,7 +875,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
 }
 
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
+__global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
@@ -981,10 +985,11 @@ Layout layout_of(const SS2DProblem& problem) {
 Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const BackwardParams& params, int tokens,
                     bool with_x, SharedBytes& shared) {
   const int element = problem.dtype == DType::f32 ? 4 : 2;
-  const int raw_bytes = 2 * tokens * params.single * element, decoded_bytes = tokens * params.single * 4;
+  const int buffers = element == 2 ? 1 : 2;
+  const int raw_bytes = buffers * tokens * params.single * element, decoded_bytes = tokens * params.single * 4;
   Stage stage{};
   stage.pixels_at = shared.reserve(2 * tokens * static_cast<int>(sizeof(int)));
-  stage.rows_at = shared.reserve(2 * tokens * layout.pitch * element);
+  stage.rows_at = shared.reserve(buffers * tokens * layout.pitch * element);
   if (element == 2) stage.decoded_rows_at = shared.reserve(tokens * layout.pitch * 4);
   if (with_x) stage.x_at = shared.reserve(raw_bytes);
   stage.dy_at = shared.reserve(raw_bytes);
@@ -1010,8 +1015,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
-  params.slope_at = shared.reserve(kTile * params.single * 4);
-  params.sums_at = shared.reserve(kTile * params.twin * 4);
+  params.steps_at = shared.reserve(kTile * params.single * 4);
   params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
