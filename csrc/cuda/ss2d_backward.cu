@@ -197,25 +197,6 @@ struct Tile {
   const int* pixels;    // [kTile]: -1 past the end
 };
 
-// dt_bias + low rank * dt_weight of one token (rank > 0), from its low-rank part as copied, which zeros follow.
-template <int CH, bool kHalf>
-__device__ inline void raw_step(const BackwardParams& p, const char* low, const StepWeights<CH>& weights,
-                                const float* channels, float (&raw)[CH]) {
-  float pair[2];
-  read_activation<2, kHalf>(p, low, 0, pair);
-#pragma unroll
-  for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair[1], weights.w[1][c], fmaf(pair[0], weights.w[0][c], weights.bias[c]));
-#pragma unroll 1
-  for (int r = 2; r < p.rank; r += 2) {
-    read_activation<2, kHalf>(p, low, r, pair);
-    float w[2][CH];
-    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
-    read_floats<CH>(channels + (kWeightRows + r + 1) * p.block_channels, w[1]);
-#pragma unroll
-    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair[1], w[1][c], fmaf(pair[0], w[0][c], raw[c]));
-  }
-}
-
 // Computes the steps of a staged tile (a second copy of them for Reads::all) and makes float of its activations; every lane
 // of a channel takes its share of the tokens.
 template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
@@ -238,40 +219,67 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
   const int low_bytes = p.low_pitch() * (kHalf ? 2 : 4);
   const char* const low = seat.shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * 4) +
                           kTokens * 2 * p.padded_states * (kHalf ? 2 : 4) + first * low_bytes;
-  const StepWeights<CH> weights(p, channels);
-#pragma unroll(kLanes > 1 ? 4 : 2)
-  for (int i = 0; i < kShare; ++i) {
-    const int t = i * lanes;  // after the first
-    if (kLanes == 0 && first + t >= kTokens) break;
-    float token[2 * CH], x[CH], dy[CH], step[CH];
+  float bias[CH];
+  read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+  // Tokens side by side: the weights are read once for them, and they hide each other's latency.
+  constexpr int kSide = kLanes == 0 ? 1 : kShare < 4 ? kShare : 4;
+#pragma unroll 1
+  for (int i = 0; i < kShare; i += kSide) {
+    if (kLanes == 0 && first + i * lanes >= kTokens) break;
+    float step[kSide][CH];
     if (p.rank > 0) {
-      raw_step<CH, kHalf>(p, low + t * low_bytes, weights, channels, step);
-    } else {
-      read_activation<CH, kHalf>(p, raw_delta + (first + t) * x_bytes, seat.c, step);
 #pragma unroll
-      for (int c = 0; c < CH; ++c) step[c] += weights.bias[c];
+      for (int s = 0; s < kSide; ++s)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step[s][c] = bias[c];
+      const float* weights = channels + kWeightRows * p.block_channels;
+#pragma unroll 1
+      for (int r = 0; r < p.rank; r += 2, weights += 2 * p.block_channels) {  // zeros follow an odd rank
+        float w[2][CH];
+        read_floats<CH>(weights, w[0]);
+        read_floats<CH>(weights + p.block_channels, w[1]);
+#pragma unroll
+        for (int s = 0; s < kSide; ++s) {
+          float pair[2];
+          read_activation<2, kHalf>(p, low + (i + s) * lanes * low_bytes, r, pair);
+#pragma unroll
+          for (int c = 0; c < CH; ++c) step[s][c] = fmaf(pair[1], w[1][c], fmaf(pair[0], w[0][c], step[s][c]));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kSide; ++s) {
+        read_activation<CH, kHalf>(p, raw_delta + (first + (i + s) * lanes) * x_bytes, seat.c, step[s]);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step[s][c] += bias[c];
+      }
     }
     if (p.softplus) {
 #pragma unroll
-      for (int c = 0; c < CH; ++c) step[c] = softplus(step[c]);
+      for (int s = 0; s < kSide; ++s)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step[s][c] = softplus(step[s][c]);
     }
 #pragma unroll
-    for (int c = 0; c < CH; ++c) token[c] = step[c];
-    if constexpr (kReads == Reads::c_dy) {
+    for (int s = 0; s < kSide; ++s) {
+      const int t = (i + s) * lanes;  // after the first
+      float token[2 * CH], x[CH] = {}, dy[CH];
+      if constexpr (kReads != Reads::c_dy) {
+        read_activation<CH, kHalf>(p, raw_x + (first + t) * x_bytes, seat.c, x);
+        if constexpr (kHalf) write_floats<CH>(xs + t * spacing.single, x);
+      }
+      if constexpr (kHalf && kReads != Reads::b_x) {
+        read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, seat.c, dy);
+        write_floats<CH>(dys + t * spacing.single, dy);
+      }
 #pragma unroll
-      for (int c = 0; c < CH; ++c) token[CH + c] = 0.f;  // nobody reads it
-    } else {
-      read_activation<CH, kHalf>(p, raw_x + (first + t) * x_bytes, seat.c, x);
-#pragma unroll
-      for (int c = 0; c < CH; ++c) token[CH + c] = kZoh ? x[c] : token[c] * x[c];
-      if constexpr (kHalf) write_floats<CH>(xs + t * spacing.single, x);
+      for (int c = 0; c < CH; ++c) {
+        token[c] = step[s][c];
+        token[CH + c] = kZoh || kReads == Reads::c_dy ? x[c] : step[s][c] * x[c];
+      }
+      write_floats<2 * CH>(tokens + t * spacing.twin, token);
+      if constexpr (kReads == Reads::all) write_floats<CH>(steps + t * spacing.single, step[s]);
     }
-    if constexpr (kHalf && kReads != Reads::b_x) {
-      read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, seat.c, dy);
-      write_floats<CH>(dys + t * spacing.single, dy);
-    }
-    write_floats<2 * CH>(tokens + t * spacing.twin, token);
-    if constexpr (kReads == Reads::all) write_floats<CH>(steps + t * spacing.single, step);
   }
   // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
   // and nothing is added.
