@@ -278,7 +278,8 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
         token[CH + c] = kZoh || kReads == Reads::c_dy ? x[c] : step[s][c] * x[c];
       }
       write_floats<2 * CH>(tokens + t * spacing.twin, token);
-      if constexpr (kReads == Reads::all) write_floats<CH>(steps + t * spacing.single, step[s]);
+      if constexpr (kReads == Reads::all && kLanes != kDefaultLanes)
+        write_floats<CH>(steps + t * spacing.single, step[s]);
     }
   }
   // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
@@ -292,7 +293,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
         tokens[t * spacing.twin + c] = tokens[t * spacing.twin + CH + c] = 0.f;
         if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
         if constexpr (kReads != Reads::b_x) dys[t * spacing.single + c] = 0.f;
-        if constexpr (kReads == Reads::all) steps[t * spacing.single + c] = 0.f;
+        if constexpr (kReads == Reads::all && kLanes != kDefaultLanes) steps[t * spacing.single + c] = 0.f;
       }
     }
   }
@@ -601,7 +602,8 @@ __device__ inline float slope_of(float step) {
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
-                                     const Contribution& part, ParameterGradients<NS, CH, kSharedDecay>& grads) {
+                                     const Contribution& part, const float (&own)[kTile / kBatch][2 * CH],
+                                     ParameterGradients<NS, CH, kSharedDecay>& grads) {
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -615,10 +617,17 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
     if (kLanes == 0 && t >= kTile) break;
     const int at = t * spacing.single;
     float sum[2 * CH], x[CH], dy[CH], step[CH], dx[CH], skip[CH];
-    read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, sum);
+    const float* const token = tile.tokens + t * spacing.twin + seat.c * 2;
+    if constexpr (kLanes == kDefaultLanes) {
+#pragma unroll
+      for (int v = 0; v < 2 * CH; ++v) sum[v] = own[i][v];
+      read_floats<CH>(token, step);
+    } else {
+      read_floats<2 * CH>(token, sum);
+      read_floats<CH>(steps + at, step);
+    }
     read_floats<CH>(tile.x + at + seat.c, x);
     read_floats<CH>(tile.dy + at + seat.c, dy);
-    read_floats<CH>(steps + at, step);
     read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
@@ -701,6 +710,20 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     if constexpr (NS == 8)
       write_floats<4>(scratch + j * kBatchPitch + lane_id * NS + 4, *reinterpret_cast<const float(*)[4]>(&v[4]));
   };
+  // The sums over a channel's lanes, of the token of a batch that is this lane's.
+  constexpr bool kOwned = kLanes == kDefaultLanes;
+  constexpr int kSumPitch = 32 * 2 * CH + 4;  // the lanes of a channel read different tokens, from different banks
+  static_assert(!kOwned || (kLanes == kBatch && kSumPitch <= kBatchPitch), "a token for each lane, in the same memory");
+  auto own_sums = [&](const float* from, float(&sum)[2 * CH]) {
+    read_floats<2 * CH>(from, sum);
+#pragma unroll
+    for (int i = 1; i < kLanes; ++i) {
+      float v[2 * CH];
+      read_floats<2 * CH>(from + i * 2 * CH, v);
+#pragma unroll
+      for (int c = 0; c < 2 * CH; ++c) sum[c] += v[c];
+    }
+  };
   // Those of a tile, of a channel with one state.
   auto write_single = [&](float(&v)[NS == 1 ? kTile : 1], int column) {
     const int t = sum_over_lanes<1, 32>(v, 1, 32, lane_id);
@@ -765,6 +788,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           }
       }
       float state[kTile][CH][NS];  // before each token
+      float batch_sums[kBatch][2 * CH], own[kTile / kBatch][2 * CH];
       float single_db[NS == 1 ? kTile : 1], single_dc[NS == 1 ? kTile : 1];
 #pragma unroll
       for (int j = 0; j < kTile; ++j) {
@@ -834,6 +858,18 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           write_batch(j % kBatch, db);
           if (j % kBatch == 0) sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + j * p.pitch);
         }
+        if constexpr (kOwned) {
+#pragma unroll
+          for (int v = 0; v < 2 * CH; ++v) batch_sums[j % kBatch][v] = sum[v];
+          if (j % kBatch == 0) {
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
+            __syncwarp();
+            own_sums(scratch + seat.lane * kSumPitch + (lane_id - seat.lane) * 2 * CH, own[j / kBatch]);
+            __syncwarp();
+          }
+          continue;
+        }
         // In the place of the step and the input, which no lane of the channel needs any more.
         const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
         const int sum_held = max(1, 2 * CH / lanes);
@@ -843,7 +879,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
       }
       if constexpr (NS == 1) write_single(single_db, 0);
       __syncwarp();
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, walk, tile, part, grads);
+      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, walk, tile, part, own, grads);
       __syncthreads();
       write_dproj(p, seat, walk, tile, part);
     }
@@ -953,6 +989,12 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
 
 using BackwardKernel = void (*)(BackwardParams);
 
+// Whether the kernel is one made for the default layout.
+bool runs_default(const SS2DProblem& problem, const Layout& layout) {
+  return layout.states_per_thread == kDefaultStates && layout.state_lanes == kDefaultLanes &&
+         problem.discretization == Discretization::euler;
+}
+
 // Eight states of one channel only where 32 lanes of four do not suffice.
 template <bool kSharedDecay, bool kZoh>
 BackwardKernel kernel_with(const Layout& layout) {
@@ -1013,8 +1055,8 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
   const int channels = layout.block_channels, rank = static_cast<int>(problem.rank);
-  const int spaced =
-      layout.states_per_thread == kDefaultStates && layout.state_lanes == kDefaultLanes ? kDefaultChannels : channels;
+  const bool is_default = runs_default(problem, layout);
+  const int spaced = is_default ? kDefaultChannels : channels;
   params.single = single_of(spaced);
   params.twin = twin_of(spaced);
   SharedBytes shared;
@@ -1023,7 +1065,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
-  params.steps_at = shared.reserve(kTile * params.single * 4);
+  if (!is_default) params.steps_at = shared.reserve(kTile * params.single * 4);
   params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
