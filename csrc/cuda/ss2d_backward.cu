@@ -28,7 +28,7 @@ constexpr int kMaxThreads = 128;
 constexpr int min_blocks(int states_per_thread) { return states_per_thread == 1 ? 4 : 3; }
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
 constexpr int kWideTile = 16;  // tokens staged at a time in phase 1, which needs less memory for each
-constexpr int kBatch = 4;  // tokens whose gradients of B or C are summed over a warp's channels at a time
+constexpr int kBatch = 4;      // tokens whose gradients of B or C are summed over a warp's channels at a time
 static_assert(kTile % kBatch == 0, "a tile is made of batches");
 
 // Where tiles are staged in shared memory, offsets in bytes: as copied, two tiles of float, one of a 16-bit type, which
@@ -54,13 +54,13 @@ struct BackwardParams : Params {
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
   bool paired;           // rows of dproj can be written two values at a time
+  FastDiv by_quads;      // columns of a row of sums, by four
   Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
   // The rest of shared memory, offsets in bytes.
   int walk_at, channels_at, steps_at, dweight_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
-  int copy_lanes;  // threads that copy one token of a tile
 
   __device__ int low_pitch() const { return pitch - 2 * padded_states; }
 };
@@ -101,7 +101,7 @@ constexpr int kRuns = 5;  // in this order: x, dy, B, C, and the low-rank part o
 struct Walk {
   Track track;
   Run runs[kRuns];
-  int end;         // of the chunk
+  int end;  // of the chunk
   // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
   // part and that of the B and C it reads; and from pixel to pixel.
   int64_t dx, ddelta, own_row, bc_row;
@@ -124,8 +124,13 @@ struct Walk {
     runs[3].from += states;
     runs[3].to += padded;
     if (p.rank > 0) {
-      runs[4] = {bases.low,        p.proj.pixel, p.rank * element, p.proj.granule, stage.rows_at + tile * 2 * padded,
-                 p.low_pitch() * element, row_buffer};
+      runs[4] = {bases.low,
+                 p.proj.pixel,
+                 p.rank * element,
+                 p.proj.granule,
+                 stage.rows_at + tile * 2 * padded,
+                 p.low_pitch() * element,
+                 row_buffer};
     } else {
       runs[4] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, buffer};
     }
@@ -189,16 +194,16 @@ __device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, con
 
 // A staged tile, ready to be walked. Its slots hold the tokens in the order of the scan.
 struct Tile {
-  const float* rows;    // [kTile, {B, C}, padded_states]
-  const float* low;     // [kTile, low_pitch]
-  const float* x;       // [kTile, single]
-  const float* dy;      // [kTile, single]
-  float* tokens;        // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
-  const int* pixels;    // [kTile]: -1 past the end
+  const float* rows;  // [kTile, {B, C}, padded_states]
+  const float* low;   // [kTile, low_pitch]
+  const float* x;     // [kTile, single]
+  const float* dy;    // [kTile, single]
+  float* tokens;      // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
+  const int* pixels;  // [kTile]: -1 past the end
 };
 
-// Computes the steps of a staged tile (a second copy of them for Reads::all) and makes float of its activations; every lane
-// of a channel takes its share of the tokens.
+// Computes the steps of a staged tile (a second copy of them for Reads::all) and makes float of its activations; every
+// lane of a channel takes its share of the tokens.
 template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
 __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
                                      int q0, int buffer) {
@@ -373,7 +378,7 @@ __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const
     const Tile tile = prepare_tile<Reads::c_dy, false, CH, kLanes>(p, seat, walk, first_token(i), i & 1, [&] {
       if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, seat, walk, first_token(i + 1), ~i & 1);
     });
-#pragma unroll 2
+#pragma unroll 4
     for (int t = kWideTile - 1; t >= 0; --t) {
       float token[2 * CH], dy[CH], c_row[NS];
       read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
@@ -477,76 +482,72 @@ __device__ inline void store_pair(void* to, int64_t i, float2 v, const BackwardP
   }
 }
 
-__device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float v, bool first, bool last) {
-  if (!first) v += __ldcg(p.dproj_sum + to);
-  if (last) {
-    store_as(p.dproj, to, v, p);
-  } else {
-    p.dproj_sum[to] = v;
-  }
-}
-__device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float2 v, bool first, bool last) {
-  if (!first) {
-    const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to));
-    v.x += before.x;
-    v.y += before.y;
-  }
-  if (last) {
-    store_pair(p.dproj, to, v, p);
-  } else {
-    *reinterpret_cast<float2*>(p.dproj_sum + to) = v;
-  }
-}
-
-// After a tile: the warps' sums become rows of dproj. Between two barriers.
-__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
-                                   const Contribution& part) {
-  const int lane = opaque(seat.copy_lane), t = seat.copy_token, pixel = t < kTile ? tile.pixels[t] : -1;
-  if (pixel < 0) return;
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at) + t * p.pitch;
-  const int64_t offset = int64_t{pixel} * walk.row_pixel;
-  const int64_t own = walk.own_row + offset, bc = walk.bc_row + offset;
-  // Of all warps, in their order.
-  auto sum_at = [&](int column) {
-    float sum = sums[column];
-#pragma unroll
-    for (int w = 1; w < kMaxThreads / 32; ++w)
-      if (w < warps) sum += sums[w * kTile * p.pitch + column];
-    return sum;
-  };
-  if (p.paired) {
-#pragma unroll 1
-    for (int j = lane * 2; j < 2 * p.states; j += p.copy_lanes * 2) {
-      const float* const from = sums + (j < p.states ? j : p.padded_states + j - p.states);
-      float2 sum = *reinterpret_cast<const float2*>(from);
-#pragma unroll
-      for (int w = 1; w < kMaxThreads / 32; ++w) {
-        if (w < warps) {
-          const float2 v = *reinterpret_cast<const float2*>(from + w * kTile * p.pitch);
-          sum.x += v.x;
-          sum.y += v.y;
-        }
-      }
-      add_to_dproj(p, bc + j, sum, part.first_bc, part.last_bc);
-    }
-  } else {
-#pragma unroll 1
-    for (int j = lane; j < 2 * p.states; j += p.copy_lanes)
-      add_to_dproj(p, bc + j, sum_at(j < p.states ? j : p.padded_states + j - p.states), part.first_bc, part.last_bc);
-  }
-  if (part.zero_own_bc) {
-#pragma unroll 1
-    for (int j = lane; j < 2 * p.states; j += p.copy_lanes) store_as(p.dproj, own + p.rank + j, 0.f, p);
-  }
-#pragma unroll 1
-  for (int r = lane; r < p.rank; r += p.copy_lanes)
-    add_to_dproj(p, own + r, sum_at(2 * p.padded_states + r), part.first_low, part.last_low);
-}
-
 // at + pixel * stride, of numbers that are not negative: one instruction.
 __device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
   return at + static_cast<int64_t>(uint64_t{static_cast<uint32_t>(pixel)} * static_cast<uint32_t>(stride));
+}
+
+// After a tile: the warps' sums become rows of dproj, four columns a thread. Between two barriers.
+__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+                                   const Contribution& part) {
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int quads = static_cast<int>(p.by_quads.divisor);
+#pragma unroll 1
+  for (int i = opaque(threadIdx.x); i < kTile * quads; i += blockDim.x) {
+    const int t = p.by_quads.quotient(i), column = (i - t * quads) * 4, pixel = tile.pixels[t];
+    if (pixel < 0) continue;
+    const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at) + t * p.pitch + column;
+    float v[4];
+    read_floats<4>(sums, v);
+#pragma unroll
+    for (int w = 1; w < kMaxThreads / 32; ++w) {
+      if (w < warps) {
+        const float4 more = *reinterpret_cast<const float4*>(sums + w * kTile * p.pitch);
+        v[0] += more.x;
+        v[1] += more.y;
+        v[2] += more.z;
+        v[3] += more.w;
+      }
+    }
+    const bool of_c = column >= p.padded_states, low = column >= 2 * p.padded_states;
+    const int at = column - (low    ? 2 * p.padded_states
+                             : of_c ? p.padded_states
+                                    : 0);  // within B, C or the low-rank part
+    const int count = min((low ? p.rank : p.states) - at, 4), place = !low && of_c ? p.states + at : at;
+    const int64_t to = at_pixel((low ? walk.own_row : walk.bc_row) + place, pixel, walk.row_pixel);
+    const bool first = low ? part.first_low : part.first_bc, last = low ? part.last_low : part.last_bc;
+    if (p.paired) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        if (j >= count) break;
+        float2 sum = make_float2(v[j], v[j + 1]);
+        if (!first) {
+          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to + j));
+          sum = make_float2(sum.x + before.x, sum.y + before.y);
+        }
+        if (last) {
+          store_pair(p.dproj, to + j, sum, p);
+        } else {
+          *reinterpret_cast<float2*>(p.dproj_sum + to + j) = sum;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j >= count) break;
+        const float sum = first ? v[j] : v[j] + __ldcg(p.dproj_sum + to + j);
+        if (last) {
+          store_as(p.dproj, to + j, sum, p);
+        } else {
+          p.dproj_sum[to + j] = sum;
+        }
+      }
+    }
+    if (part.zero_own_bc && !low) {
+      const int64_t own = at_pixel(walk.own_row + p.rank + place, pixel, walk.row_pixel);
+      for (int j = 0; j < count; ++j) store_as(p.dproj, own + j, 0.f, p);
+    }
+  }
 }
 
 // dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx.
@@ -649,32 +650,33 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
       }
     }
   }
-  float* const warp_sums =
+  float* warp_sums =
       reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
-  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at) + threadIdx.x * CH;
+  float* dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at) + threadIdx.x * CH;
+  const float* weights = channels + kWeightRows * p.block_channels;
+  const float* values = tile.low + first * p.low_pitch();
 #pragma unroll 1
-  for (int r = 0; r < p.rank; ++r) {
+  for (int r = 0; r < p.rank; ++r, ++warp_sums, ++values, weights += p.block_channels, dweight += blockDim.x * CH) {
     float w[CH], dw[CH], low[kShare] = {};
-    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w);
-    read_floats<CH>(dweight + r * blockDim.x * CH, dw);
+    read_floats<CH>(weights, w);
+    read_floats<CH>(dweight, dw);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      const int t = first + i * lanes;
-      if (kLanes == 0 && t >= kTile) break;
-      const float value = tile.low[t * p.low_pitch() + r];
+      if (kLanes == 0 && first + i * lanes >= kTile) break;
+      const float value = values[i * lanes * p.low_pitch()];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         low[i] = fmaf(draw[i][c], w[c], low[i]);
         dw[c] = fmaf(draw[i][c], value, dw[c]);
       }
     }
-    write_floats<CH>(dweight + r * blockDim.x * CH, dw);
+    write_floats<CH>(dweight, dw);
     const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
     const int held = max(1, kShare * lanes / 32);
 #pragma unroll
     for (int v = 0; v < kShare; ++v) {
       const int t = first + (base + v) * lanes;
-      if (v < held && lane_id < kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch + r] = low[v];
+      if (v < held && lane_id < kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch] = low[v];
     }
   }
 }
@@ -705,16 +707,16 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
   const Spacing<kLanes> spacing(p);
 
   // The gradients of B or C of one token of a batch, of the thread's channels.
-  auto write_batch = [&](int j, const float(&v)[NS]) {
-    write_floats<4>(scratch + j * kBatchPitch + lane_id * NS, *reinterpret_cast<const float(*)[4]>(&v[0]));
+  auto write_batch = [&](int j, const float (&v)[NS]) {
+    write_floats<4>(scratch + j * kBatchPitch + lane_id * NS, *reinterpret_cast<const float (*)[4]>(&v[0]));
     if constexpr (NS == 8)
-      write_floats<4>(scratch + j * kBatchPitch + lane_id * NS + 4, *reinterpret_cast<const float(*)[4]>(&v[4]));
+      write_floats<4>(scratch + j * kBatchPitch + lane_id * NS + 4, *reinterpret_cast<const float (*)[4]>(&v[4]));
   };
   // The sums over a channel's lanes, of the token of a batch that is this lane's.
   constexpr bool kOwned = kLanes == kDefaultLanes;
   constexpr int kSumPitch = 32 * 2 * CH + 4;  // the lanes of a channel read different tokens, from different banks
   static_assert(!kOwned || (kLanes == kBatch && kSumPitch <= kBatchPitch), "a token for each lane, in the same memory");
-  auto own_sums = [&](const float* from, float(&sum)[2 * CH]) {
+  auto own_sums = [&](const float* from, float (&sum)[2 * CH]) {
     read_floats<2 * CH>(from, sum);
 #pragma unroll
     for (int i = 1; i < kLanes; ++i) {
@@ -725,7 +727,7 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     }
   };
   // Those of a tile, of a channel with one state.
-  auto write_single = [&](float(&v)[NS == 1 ? kTile : 1], int column) {
+  auto write_single = [&](float (&v)[NS == 1 ? kTile : 1], int column) {
     const int t = sum_over_lanes<1, 32>(v, 1, 32, lane_id);
     if (lane_id < kTile) warp_sums[t * p.pitch + column] = v[0];
   };
@@ -765,9 +767,8 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           issue_tile<Reads::all>(p, seat, walk, first_token(i + 1), ~i & 1);
         }
       });
-#pragma unroll 2
-      for (int j = 0; j < kTile; ++j)
-        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, seat, a, j, h);
+#pragma unroll 4
+      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, seat, a, j, h);
     }
     // Against it: tile by tile.
 #pragma unroll 1
@@ -863,7 +864,8 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           for (int v = 0; v < 2 * CH; ++v) batch_sums[j % kBatch][v] = sum[v];
           if (j % kBatch == 0) {
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
+            for (int i = 0; i < kBatch; ++i)
+              write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
             __syncwarp();
             own_sums(scratch + seat.lane * kSumPitch + (lane_id - seat.lane) * 2 * CH, own[j / kBatch]);
             __syncwarp();
@@ -924,8 +926,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  const Seat seat = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
-                     static_cast<int>(threadIdx.x) % p.copy_lanes, static_cast<int>(threadIdx.x) / p.copy_lanes,
+  const Seat seat = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH, 0, 0,
                      reinterpret_cast<char*>(shared_base)};
   const int64_t plane = int64_t{p.states} * p.channels;
 
@@ -1073,7 +1074,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   shared.count = std::max(shared.count, wide.count);
   params.history_at = shared.reserve(
       std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
-  params.copy_lanes = layout.threads / kTile;
+  params.by_quads = FastDiv(static_cast<uint32_t>(2 * layout.padded_states + ceil_div(rank, 4) * 4) / 4);
   layout.shared_bytes = static_cast<size_t>(shared.count);
 }
 
