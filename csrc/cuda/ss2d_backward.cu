@@ -216,7 +216,9 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
   const char* const raw_dy = seat.shared + stage.dy_at + raw;
   const char* const raw_delta = seat.shared + stage.delta_at + raw;
   const int first = opaque(seat.lane);
-  float* const tokens = tile.tokens + first * spacing.twin + seat.c * 2;
+  // Phase 1 needs no inputs.
+  const int token_pitch = kReads == Reads::c_dy ? spacing.single : spacing.twin;
+  float* const tokens = tile.tokens + first * token_pitch + (kReads == Reads::c_dy ? seat.c : seat.c * 2);
   float* const steps = reinterpret_cast<float*>(seat.shared + p.steps_at) + first * spacing.single + seat.c;
   float* const xs = const_cast<float*>(tile.x) + first * spacing.single + seat.c;
   float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + seat.c;
@@ -268,23 +270,25 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
 #pragma unroll
     for (int s = 0; s < kSide; ++s) {
       const int t = (i + s) * lanes;  // after the first
-      float token[2 * CH], x[CH] = {}, dy[CH];
-      if constexpr (kReads != Reads::c_dy) {
+      if constexpr (kReads == Reads::c_dy) {
+        write_floats<CH>(tokens + t * token_pitch, step[s]);
+      } else {
+        float token[2 * CH], x[CH];
         read_activation<CH, kHalf>(p, raw_x + (first + t) * x_bytes, seat.c, x);
         if constexpr (kHalf) write_floats<CH>(xs + t * spacing.single, x);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          token[c] = step[s][c];
+          token[CH + c] = kZoh ? x[c] : step[s][c] * x[c];
+        }
+        write_floats<2 * CH>(tokens + t * token_pitch, token);
       }
       if constexpr (kHalf && kReads != Reads::b_x) {
+        float dy[CH];
         read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, seat.c, dy);
         write_floats<CH>(dys + t * spacing.single, dy);
       }
-#pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        token[c] = step[s][c];
-        token[CH + c] = kZoh || kReads == Reads::c_dy ? x[c] : step[s][c] * x[c];
-      }
-      write_floats<2 * CH>(tokens + t * spacing.twin, token);
-      if constexpr (kReads == Reads::all && kLanes != kDefaultLanes)
-        write_floats<CH>(steps + t * spacing.single, step[s]);
+      if constexpr (kReads == Reads::all && kLanes == 0) write_floats<CH>(steps + t * spacing.single, step[s]);
     }
   }
   // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
@@ -295,10 +299,11 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         if (tile.pixels[first + t] >= 0 && walk.track.first_d + seat.c + c < p.channels) continue;
-        tokens[t * spacing.twin + c] = tokens[t * spacing.twin + CH + c] = 0.f;
+        tokens[t * token_pitch + c] = 0.f;
+        if constexpr (kReads != Reads::c_dy) tokens[t * token_pitch + CH + c] = 0.f;
         if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
         if constexpr (kReads != Reads::b_x) dys[t * spacing.single + c] = 0.f;
-        if constexpr (kReads == Reads::all && kLanes != kDefaultLanes) steps[t * spacing.single + c] = 0.f;
+        if constexpr (kReads == Reads::all && kLanes == 0) steps[t * spacing.single + c] = 0.f;
       }
     }
   }
@@ -380,8 +385,8 @@ __device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const
     });
 #pragma unroll 4
     for (int t = kWideTile - 1; t >= 0; --t) {
-      float token[2 * CH], dy[CH], c_row[NS];
-      read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
+      float token[CH], dy[CH], c_row[NS];
+      read_floats<CH>(tile.tokens + t * spacing.single + seat.c, token);
       read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
       read_floats<NS>(tile.rows + t * spacing.bc + spacing.bc / 2 + seat.lane * NS, c_row);
 #pragma unroll
@@ -599,6 +604,19 @@ __device__ inline float slope_of(float step) {
   return step < 0.5f ? step * p : 1.f - exp2_fast(-step * kLog2e);
 }
 
+// The sums over the states of a token's channels, d step through the decay and dh * B (zoh: d step in full, and dx),
+// become the gradients of the raw steps, and dx but for the skip. `step` holds the steps in front.
+template <int CH, bool kZoh, int kCount>
+__device__ inline void finish_sums(const BackwardParams& p, const float (&step)[kCount], const float (&x)[CH],
+                                   float (&sum)[2 * CH]) {
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
+    sum[c] = p.softplus ? dstep * slope_of(step[c]) : dstep;
+    if constexpr (!kZoh) sum[CH + c] *= step[c];
+  }
+}
+
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
@@ -611,31 +629,32 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
   const float* const steps = reinterpret_cast<const float*>(seat.shared + p.steps_at) + seat.c;
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
   const int first = opaque(seat.lane);
-  float draw[kShare][CH] = {};
+  float draw[kShare][CH] = {}, skip[CH];
+  read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
     if (kLanes == 0 && t >= kTile) break;
     const int at = t * spacing.single;
-    float sum[2 * CH], x[CH], dy[CH], step[CH], dx[CH], skip[CH];
+    float sum[2 * CH], x[CH], dy[CH], dx[CH];
     const float* const token = tile.tokens + t * spacing.twin + seat.c * 2;
+    read_floats<CH>(tile.x + at + seat.c, x);
+    read_floats<CH>(tile.dy + at + seat.c, dy);
     if constexpr (kLanes == kDefaultLanes) {
 #pragma unroll
       for (int v = 0; v < 2 * CH; ++v) sum[v] = own[i][v];
-      read_floats<CH>(token, step);
     } else {
       read_floats<2 * CH>(token, sum);
-      read_floats<CH>(steps + at, step);
     }
-    read_floats<CH>(tile.x + at + seat.c, x);
-    read_floats<CH>(tile.dy + at + seat.c, dy);
-    read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
+    if constexpr (kLanes != 1) {
+      float step[CH];
+      read_floats<CH>(kLanes == kDefaultLanes ? token : steps + at, step);
+      finish_sums<CH, kZoh>(p, step, x, sum);
+    }
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
-      // sum: d step through the decay, and dh * B (zoh: d step in full, and dx)
-      const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
-      draw[i][c] = p.softplus ? dstep * slope_of(step[c]) : dstep;
-      dx[c] = fmaf(skip[c], dy[c], kZoh ? sum[CH + c] : step[c] * sum[CH + c]);
+      draw[i][c] = sum[c];
+      dx[c] = fmaf(skip[c], dy[c], sum[CH + c]);
       grads.bias[c] += draw[i][c];
       grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
     }
@@ -872,6 +891,11 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           }
           continue;
         }
+        if constexpr (kLanes == 1) {  // at once what finish_tokens leaves to do for the other layouts
+          float x[CH];
+          read_floats<CH>(tile.x + t * spacing.single + seat.c, x);
+          finish_sums<CH, kZoh>(p, token, x, sum);
+        }
         // In the place of the step and the input, which no lane of the channel needs any more.
         const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
         const int sum_held = max(1, 2 * CH / lanes);
@@ -1032,7 +1056,7 @@ Layout layout_of(const SS2DProblem& problem) {
   return layout;
 }
 
-// The buffers for tiles of `tokens`, of which phase 1 needs neither x nor its decoded copy.
+// The buffers for tiles of `tokens`, with x and the inputs made of it or without.
 Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const BackwardParams& params, int tokens,
                     bool with_x, SharedBytes& shared) {
   const int element = problem.dtype == DType::f32 ? 4 : 2;
@@ -1049,7 +1073,7 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
     stage.decoded_dy_at = shared.reserve(decoded_bytes);
   }
   if (problem.rank == 0) stage.delta_at = shared.reserve(raw_bytes);
-  stage.token_at = shared.reserve(tokens * params.twin * 4);
+  stage.token_at = shared.reserve(tokens * (with_x ? params.twin : params.single) * 4);
   return stage;
 }
 
@@ -1066,7 +1090,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
-  if (!is_default) params.steps_at = shared.reserve(kTile * params.single * 4);
+  if (!is_default && layout.states_per_thread > 1) params.steps_at = shared.reserve(kTile * params.single * 4);
   params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
