@@ -7,13 +7,13 @@
 // memory, then its tiles are taken in reverse: a tile's states are rebuilt into registers, and the tile is walked
 // backwards.
 //
-// Sums over channels (the gradients of B, C and of the low-rank part) are sums over the threads of a block: lanes by
-// shuffles that halve the number of values at each step, warps through shared memory in a fixed order. A block
-// therefore takes all blocks of channels of its chunk in turn. Where one modality's B and C serve both
-// (Exchange::from_*), it takes both modalities too, so that every element of dproj has one writer and every run gives
-// the same bits. The paths of an axis follow one another in the block that owns the chunk, the column paths behind a
-// grid barrier, so dx is summed in a fixed order too. Parameter gradients leave as one partial sum per (batch item,
-// chunk).
+// Sums over channels (the gradients of B, C and of the low-rank part) are sums over the threads of a block, always in
+// the same order: over a warp's threads through shared memory a batch of tokens at a time, or by shuffles that halve
+// the number of values at each step, and over the warps through shared memory. A block therefore takes all blocks of
+// channels of its chunk in turn. Where one modality's B and C serve both (Exchange::from_*), it takes both modalities
+// too, so that every element of dproj has one writer and every run gives the same bits. The paths of an axis follow one
+// another in the block that owns the chunk, the column paths behind a grid barrier, so dx is summed in a fixed order
+// too. Parameter gradients leave as one partial sum per (batch item, chunk).
 #include <algorithm>
 
 #include "launch.cuh"
@@ -88,6 +88,12 @@ __device__ inline const Stage& stage_of(const BackwardParams& p) {
   return kReads == Reads::c_dy ? p.wide : p.narrow;
 }
 
+// Where a thread stands: lane of the channel, first channel within the block of channels; and the block's memory.
+struct Place {
+  int lane, c;
+  char* shared;
+};
+
 // One of the things that are copied of every token: contiguous bytes in memory and in shared memory.
 struct Run {
   const char* from;  // at pixel 0
@@ -143,10 +149,10 @@ struct Walk {
   }
 };
 template <Reads kReads>
-__device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& seat, const Track& track, int end) {
-  Walk* const walk = reinterpret_cast<Walk*>(seat.shared + p.walk_at);
+__device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& place, const Track& track, int end) {
+  Walk* const walk = reinterpret_cast<Walk*>(place.shared + p.walk_at);
   __syncthreads();  // nobody reads what the walk before needed
-  stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), threadIdx.x, blockDim.x);
+  stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x);
   if (threadIdx.x == 0) *walk = Walk(p, track, end, stage_of<kReads>(p), tile_of(kReads));
   __syncthreads();
   return *walk;
@@ -162,20 +168,20 @@ __device__ inline void copy_some(uint32_t to, const char* from, int bytes, int l
 // Starts the copies of the tile of tokens [q0, q0 + kTokens) in the order of the scan, into buffer 0 or 1 (of
 // float): each warp takes runs. Past the end: the last token once more, and its pixel is -1.
 template <Reads kReads>
-__device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer) {
+__device__ inline void issue_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer) {
   constexpr int kTokens = tile_of(kReads), kLanes = 32 / kTokens;
   const int lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
   const int token = lane_id / kLanes, lane = lane_id % kLanes;
   const int q = q0 + (walk.track.reversed ? kTokens - 1 - token : token);
   const int pixel = walk.track.pixel(p, min(q, walk.end - 1));
   if (warp == 0)
-    reinterpret_cast<int*>(seat.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + token] =
+    reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + token] =
         q < walk.end ? pixel : -1;
 #pragma unroll 1
   for (int i = warp; i < (kReads == Reads::all ? kRuns : 3); i += blockDim.x / 32) {
     const Run run = walk.runs[kReads == Reads::all ? i : kReads == Reads::b_x ? 2 * i : min(2 * i + 1, kRuns - 1)];
     const char* const from = run.from + int64_t{pixel} * run.pixel;
-    char* const to = seat.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
+    char* const to = place.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     if (run.granule == 16) {
       copy_some<16>(at, from, run.bytes, lane, kLanes);
@@ -205,26 +211,26 @@ struct Tile {
 // Computes the steps of a staged tile (a second copy of them for Reads::all) and makes float of its activations; every
 // lane of a channel takes its share of the tokens.
 template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
-__device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+__device__ inline void compute_steps(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
                                      int q0, int buffer) {
   constexpr int kTokens = tile_of(kReads), kShare = kTokens / (kLanes > 0 ? kLanes : 1);  // a lane's tokens, at most
   const Stage& stage = stage_of<kReads>(p);
   const Spacing<kLanes> spacing(p);
   const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
   const int raw = kHalf ? 0 : buffer * kTokens * x_bytes;
-  const char* const raw_x = seat.shared + stage.x_at + raw;
-  const char* const raw_dy = seat.shared + stage.dy_at + raw;
-  const char* const raw_delta = seat.shared + stage.delta_at + raw;
-  const int first = opaque(seat.lane);
+  const char* const raw_x = place.shared + stage.x_at + raw;
+  const char* const raw_dy = place.shared + stage.dy_at + raw;
+  const char* const raw_delta = place.shared + stage.delta_at + raw;
+  const int first = opaque(place.lane);
   // Phase 1 needs no inputs.
   const int token_pitch = kReads == Reads::c_dy ? spacing.single : spacing.twin;
-  float* const tokens = tile.tokens + first * token_pitch + (kReads == Reads::c_dy ? seat.c : seat.c * 2);
-  float* const steps = reinterpret_cast<float*>(seat.shared + p.steps_at) + first * spacing.single + seat.c;
-  float* const xs = const_cast<float*>(tile.x) + first * spacing.single + seat.c;
-  float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + seat.c;
-  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
+  float* const tokens = tile.tokens + first * token_pitch + (kReads == Reads::c_dy ? place.c : place.c * 2);
+  float* const steps = reinterpret_cast<float*>(place.shared + p.steps_at) + first * spacing.single + place.c;
+  float* const xs = const_cast<float*>(tile.x) + first * spacing.single + place.c;
+  float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + place.c;
+  const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
   const int low_bytes = p.low_pitch() * (kHalf ? 2 : 4);
-  const char* const low = seat.shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * 4) +
+  const char* const low = place.shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * 4) +
                           kTokens * 2 * p.padded_states * (kHalf ? 2 : 4) + first * low_bytes;
   float bias[CH];
   read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
@@ -256,7 +262,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
     } else {
 #pragma unroll
       for (int s = 0; s < kSide; ++s) {
-        read_activation<CH, kHalf>(p, raw_delta + (first + (i + s) * lanes) * x_bytes, seat.c, step[s]);
+        read_activation<CH, kHalf>(p, raw_delta + (first + (i + s) * lanes) * x_bytes, place.c, step[s]);
 #pragma unroll
         for (int c = 0; c < CH; ++c) step[s][c] += bias[c];
       }
@@ -274,7 +280,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
         write_floats<CH>(tokens + t * token_pitch, step[s]);
       } else {
         float token[2 * CH], x[CH];
-        read_activation<CH, kHalf>(p, raw_x + (first + t) * x_bytes, seat.c, x);
+        read_activation<CH, kHalf>(p, raw_x + (first + t) * x_bytes, place.c, x);
         if constexpr (kHalf) write_floats<CH>(xs + t * spacing.single, x);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
@@ -285,7 +291,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
       }
       if constexpr (kHalf && kReads != Reads::b_x) {
         float dy[CH];
-        read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, seat.c, dy);
+        read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, place.c, dy);
         write_floats<CH>(dys + t * spacing.single, dy);
       }
       if constexpr (kReads == Reads::all && kLanes == 0) write_floats<CH>(steps + t * spacing.single, step[s]);
@@ -298,7 +304,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
     for (int t = 0; first + t < kTokens; t += lanes) {
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        if (tile.pixels[first + t] >= 0 && walk.track.first_d + seat.c + c < p.channels) continue;
+        if (tile.pixels[first + t] >= 0 && walk.track.first_d + place.c + c < p.channels) continue;
         tokens[t * token_pitch + c] = 0.f;
         if constexpr (kReads != Reads::c_dy) tokens[t * token_pitch + CH + c] = 0.f;
         if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
@@ -311,12 +317,12 @@ __device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, 
 
 // Waits for the tile in `buffer` and prepares it. Starts the next tile's copies by `issue_next()`.
 template <Reads kReads, bool kZoh, int CH, int kLanes, typename F>
-__device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer,
+__device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
                                     F&& issue_next) {
   constexpr int kTokens = tile_of(kReads);
   const Stage& stage = stage_of<kReads>(p);
   const int single = Spacing<kLanes>(p).single;
-  char* const shared = seat.shared;
+  char* const shared = place.shared;
   auto floats = [&](int at) { return reinterpret_cast<float*>(shared + at); };
   Tile tile;
   tile.tokens = floats(stage.token_at);
@@ -331,7 +337,7 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, c
     tile.x = floats(stage.decoded_x_at);
     tile.dy = floats(stage.decoded_dy_at);
     tile.low = rows + kTokens * 2 * p.padded_states;
-    compute_steps<kReads, kZoh, true, CH, kLanes>(p, seat, walk, tile, q0, buffer);
+    compute_steps<kReads, kZoh, true, CH, kLanes>(p, place, walk, tile, q0, buffer);
     __syncthreads();  // all is decoded
     issue_next();
   } else {
@@ -340,19 +346,19 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, c
     tile.x = floats(stage.x_at) + buffer * kTokens * single;
     tile.dy = floats(stage.dy_at) + buffer * kTokens * single;
     tile.low = tile.rows + kTokens * 2 * p.padded_states;
-    compute_steps<kReads, kZoh, false, CH, kLanes>(p, seat, walk, tile, q0, buffer);
+    compute_steps<kReads, kZoh, false, CH, kLanes>(p, place, walk, tile, q0, buffer);
     __syncwarp();  // the lanes of a channel are in one warp
   }
   return tile;
 }
 
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ inline void advance(const BackwardParams& p, const Tile& tile, const Seat& seat,
+__device__ inline void advance(const BackwardParams& p, const Tile& tile, const Place& place,
                                const float (&a)[CH][kSharedDecay ? 1 : NS], int t, float (&h)[CH][NS]) {
   const Spacing<kLanes> spacing(p);
   float token[2 * CH], b[NS];
-  read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
-  read_floats<NS>(tile.rows + t * spacing.bc + seat.lane * NS, b);
+  read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
+  read_floats<NS>(tile.rows + t * spacing.bc + place.lane * NS, b);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
     const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
@@ -369,26 +375,26 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 
 // Phase 1: the gradient that a chunk hands to the chunk scanned before it, from a zero start, and its sum of steps.
 template <int NS, int CH, int kLanes, bool kSharedDecay>
-__device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const Track& track, int begin, int end,
+__device__ void summarize_chunk(const BackwardParams& p, const Place& place, const Track& track, int begin, int end,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
-  const Walk& walk = begin_walk<Reads::c_dy>(p, seat, track, end);
+  const Walk& walk = begin_walk<Reads::c_dy>(p, place, track, end);
   float a[CH][kSharedDecay ? 1 : NS];
-  load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + seat.c, seat.lane, a);
+  load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
   const Spacing<kLanes> spacing(p);
   const int tiles = (end - begin + kWideTile - 1) / kWideTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
-  issue_tile<Reads::c_dy>(p, seat, walk, first_token(0), 0);
+  issue_tile<Reads::c_dy>(p, place, walk, first_token(0), 0);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
-    const Tile tile = prepare_tile<Reads::c_dy, false, CH, kLanes>(p, seat, walk, first_token(i), i & 1, [&] {
-      if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, seat, walk, first_token(i + 1), ~i & 1);
+    const Tile tile = prepare_tile<Reads::c_dy, false, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
+      if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, place, walk, first_token(i + 1), ~i & 1);
     });
 #pragma unroll 4
     for (int t = kWideTile - 1; t >= 0; --t) {
       float token[CH], dy[CH], c_row[NS];
-      read_floats<CH>(tile.tokens + t * spacing.single + seat.c, token);
-      read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
-      read_floats<NS>(tile.rows + t * spacing.bc + spacing.bc / 2 + seat.lane * NS, c_row);
+      read_floats<CH>(tile.tokens + t * spacing.single + place.c, token);
+      read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
+      read_floats<NS>(tile.rows + t * spacing.bc + spacing.bc / 2 + place.lane * NS, c_row);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
@@ -493,7 +499,7 @@ __device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
 }
 
 // After a tile: the warps' sums become rows of dproj, four columns a thread. Between two barriers.
-__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+__device__ inline void write_dproj(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
                                    const Contribution& part) {
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int quads = static_cast<int>(p.by_quads.divisor);
@@ -501,7 +507,7 @@ __device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, co
   for (int i = opaque(threadIdx.x); i < kTile * quads; i += blockDim.x) {
     const int t = p.by_quads.quotient(i), column = (i - t * quads) * 4, pixel = tile.pixels[t];
     if (pixel < 0) continue;
-    const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at) + t * p.pitch + column;
+    const float* const sums = reinterpret_cast<const float*>(place.shared + p.warp_sums_at) + t * p.pitch + column;
     float v[4];
     read_floats<4>(sums, v);
 #pragma unroll
@@ -518,8 +524,8 @@ __device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, co
     const int at = column - (low    ? 2 * p.padded_states
                              : of_c ? p.padded_states
                                     : 0);  // within B, C or the low-rank part
-    const int count = min((low ? p.rank : p.states) - at, 4), place = !low && of_c ? p.states + at : at;
-    const int64_t to = at_pixel((low ? walk.own_row : walk.bc_row) + place, pixel, walk.row_pixel);
+    const int count = min((low ? p.rank : p.states) - at, 4), row_at = !low && of_c ? p.states + at : at;
+    const int64_t to = at_pixel((low ? walk.own_row : walk.bc_row) + row_at, pixel, walk.row_pixel);
     const bool first = low ? part.first_low : part.first_bc, last = low ? part.last_low : part.last_bc;
     if (p.paired) {
 #pragma unroll
@@ -549,7 +555,7 @@ __device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, co
       }
     }
     if (part.zero_own_bc && !low) {
-      const int64_t own = at_pixel(walk.own_row + p.rank + place, pixel, walk.row_pixel);
+      const int64_t own = at_pixel(walk.own_row + p.rank + row_at, pixel, walk.row_pixel);
       for (int j = 0; j < count; ++j) store_as(p.dproj, own + j, 0.f, p);
     }
   }
@@ -620,15 +626,15 @@ __device__ inline void finish_sums(const BackwardParams& p, const float (&step)[
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+__device__ inline void finish_tokens(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
                                      const Contribution& part, const float (&own)[kTile / kBatch][2 * CH],
                                      ParameterGradients<NS, CH, kSharedDecay>& grads) {
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float* const steps = reinterpret_cast<const float*>(seat.shared + p.steps_at) + seat.c;
-  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const int first = opaque(seat.lane);
+  const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
+  const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
+  const int first = opaque(place.lane);
   float draw[kShare][CH] = {}, skip[CH];
   read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
@@ -637,9 +643,9 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
     if (kLanes == 0 && t >= kTile) break;
     const int at = t * spacing.single;
     float sum[2 * CH], x[CH], dy[CH], dx[CH];
-    const float* const token = tile.tokens + t * spacing.twin + seat.c * 2;
-    read_floats<CH>(tile.x + at + seat.c, x);
-    read_floats<CH>(tile.dy + at + seat.c, dy);
+    const float* const token = tile.tokens + t * spacing.twin + place.c * 2;
+    read_floats<CH>(tile.x + at + place.c, x);
+    read_floats<CH>(tile.dy + at + place.c, dy);
     if constexpr (kLanes == kDefaultLanes) {
 #pragma unroll
       for (int v = 0; v < 2 * CH; ++v) sum[v] = own[i][v];
@@ -658,11 +664,11 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
       grads.bias[c] += draw[i][c];
       grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
     }
-    const int pixel = tile.pixels[t], exist = p.channels - walk.track.first_d - seat.c;
+    const int pixel = tile.pixels[t], exist = p.channels - walk.track.first_d - place.c;
     if (pixel >= 0) {
-      write_dx<CH>(p, part, at_pixel(walk.dx + seat.c, pixel, walk.dx_pixel), exist, dx);
+      write_dx<CH>(p, part, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx);
       if (p.ddelta != nullptr) {
-        const int64_t to = at_pixel(walk.ddelta + seat.c, pixel, walk.ddelta_pixel);
+        const int64_t to = at_pixel(walk.ddelta + place.c, pixel, walk.ddelta_pixel);
 #pragma unroll
         for (int c = 0; c < CH; ++c)
           if (c < exist) store_as(p.ddelta, to + c, draw[i][c], p);
@@ -670,8 +676,8 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
     }
   }
   float* warp_sums =
-      reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
-  float* dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at) + threadIdx.x * CH;
+      reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
+  float* dweight = reinterpret_cast<float*>(place.shared + p.dweight_at) + threadIdx.x * CH;
   const float* weights = channels + kWeightRows * p.block_channels;
   const float* values = tile.low + first * p.low_pitch();
 #pragma unroll 1
@@ -703,33 +709,35 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
 // Phase 3: one chunk of one path, against the scan. g is the gradient that the chunk scanned next hands over.
 // kLanes: state_lanes where known at compile time, else 0.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track& track, int chunk,
+__device__ void walk_back(const BackwardParams& p, const Place& place, const Track& track, int chunk,
                           const Contribution& part, float (&g)[CH][NS]) {
   const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
-  const Walk& walk = begin_walk<Reads::all>(p, seat, track, end);
-  const int d = track.first_d + seat.c;
+  const Walk& walk = begin_walk<Reads::all>(p, place, track, end);
+  const int d = track.first_d + place.c;
   const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = kLanes > 0 ? kLanes : p.state_lanes;
   constexpr int kDecays = kSharedDecay ? 1 : NS;
   float a[CH][kDecays];
-  load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
+  load_decays<NS, CH, kSharedDecay>(p, track, d, place.lane, a);
   ParameterGradients<NS, CH, kSharedDecay> grads = {};
-  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at);
+  float* const dweight = reinterpret_cast<float*>(place.shared + p.dweight_at);
   for (int i = 0; i < p.rank * CH; ++i) dweight[i * blockDim.x + threadIdx.x] = 0.f;
-  float* const history = reinterpret_cast<float*>(seat.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
+  float* const history = reinterpret_cast<float*>(place.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
   constexpr int V = NS % 4 == 0 ? 4 : 1;
   auto history_at = [&](int tile, int c, int j) {
     return history + (((tile * CH + c) * (NS / V) + j / V) * blockDim.x + threadIdx.x) * V;
   };
-  float* const warp_sums = reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch;
+  float* const warp_sums = reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch;
   constexpr int kBatchPitch = 32 * NS + kBatchPad;
-  float* const scratch = reinterpret_cast<float*>(seat.shared + p.scratch_at) + warp * kBatch * kBatchPitch;
+  float* const scratch = reinterpret_cast<float*>(place.shared + p.scratch_at) + warp * kBatch * kBatchPitch;
   const Spacing<kLanes> spacing(p);
 
   // The gradients of B or C of one token of a batch, of the thread's channels.
   auto write_batch = [&](int j, const float (&v)[NS]) {
-    write_floats<4>(scratch + j * kBatchPitch + lane_id * NS, *reinterpret_cast<const float (*)[4]>(&v[0]));
-    if constexpr (NS == 8)
-      write_floats<4>(scratch + j * kBatchPitch + lane_id * NS + 4, *reinterpret_cast<const float (*)[4]>(&v[4]));
+    float* const to = scratch + j * kBatchPitch + lane_id * NS;
+    if constexpr (NS % 4 == 0) {
+#pragma unroll
+      for (int n = 0; n < NS; n += 4) write_floats<4>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
+    }
   };
   // The sums over a channel's lanes, of the token of a batch that is this lane's.
   constexpr bool kOwned = kLanes == kDefaultLanes;
@@ -760,13 +768,13 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     auto first_token = [&](int tile) { return piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
     __syncthreads();  // the buffers of the piece before are free
     if (tiles > 1) {
-      issue_tile<Reads::b_x>(p, seat, walk, first_token(0), 0);
+      issue_tile<Reads::b_x>(p, place, walk, first_token(0), 0);
     } else {
-      issue_tile<Reads::all>(p, seat, walk, first_token(0), 0);
+      issue_tile<Reads::all>(p, place, walk, first_token(0), 0);
     }
     float h[CH][NS] = {};
     load_state<NS, CH>(p, p.saved_states + (track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint}) * plane, d,
-                       seat.lane, h);
+                       place.lane, h);
     // Along the scan: the state at the entry of every tile.
 #pragma unroll 1
     for (int i = 0; i < tiles - 1; ++i) {
@@ -779,22 +787,22 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           for (int v = 0; v < V; ++v) part_of[v] = h[c][j + v];
           write_floats<V>(history_at(i, c, j), part_of);
         }
-      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, seat, walk, first_token(i), i & 1, [&] {
+      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
         if (i + 2 < tiles) {
-          issue_tile<Reads::b_x>(p, seat, walk, first_token(i + 1), ~i & 1);
+          issue_tile<Reads::b_x>(p, place, walk, first_token(i + 1), ~i & 1);
         } else {
-          issue_tile<Reads::all>(p, seat, walk, first_token(i + 1), ~i & 1);
+          issue_tile<Reads::all>(p, place, walk, first_token(i + 1), ~i & 1);
         }
       });
 #pragma unroll 4
-      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, seat, a, j, h);
+      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, j, h);
     }
     // Against it: tile by tile.
 #pragma unroll 1
     for (int i = tiles - 1; i >= 0; --i) {
       const int q0 = first_token(i);
-      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, seat, walk, q0, i & 1, [&] {
-        if (i > 0) issue_tile<Reads::all>(p, seat, walk, first_token(i - 1), ~i & 1);
+      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, place, walk, q0, i & 1, [&] {
+        if (i > 0) issue_tile<Reads::all>(p, place, walk, first_token(i - 1), ~i & 1);
       });
       if (i < tiles - 1) {
 #pragma unroll
@@ -817,9 +825,9 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
         for (int c = 0; c < CH; ++c)
 #pragma unroll
           for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
-        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, seat, a, t, h);
+        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, t, h);
         float dy[CH], dc[NS];
-        read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
+        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
           dc[n] = dy[0] * h[0][n];
@@ -838,22 +846,29 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
 #pragma unroll
       for (int j = kTile - 1; j >= 0; --j) {
         const int t = spacing.slot(j);
-        const float* row = tile.rows + t * spacing.bc + seat.lane * NS;
+        const float* row = tile.rows + t * spacing.bc + place.lane * NS;
         float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
         float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
-        read_floats<2 * CH>(tile.tokens + t * spacing.twin + seat.c * 2, token);
-        read_floats<CH>(tile.dy + t * spacing.single + seat.c, dy);
+        read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
+        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
         read_floats<NS>(row, b);
         read_floats<NS>(row + spacing.bc / 2, c_row);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+          float dz_sum = 0.f;  // with a shared decay, over the states
 #pragma unroll
           for (int n = 0; n < NS; ++n) {
             const float a_n = a[c][kSharedDecay ? 0 : n];
             const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
             const float dh = fmaf(c_row[n], dy[c], g[c][n]);
             g[c][n] = e * dh;
+            if constexpr (kSharedDecay && !kZoh) {
+              dz_sum = fmaf(g[c][n], state[j][c][n], dz_sum);
+              sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+              db[n] = fmaf(token[CH + c], dh, db[n]);
+              continue;
+            }
             const float dz = g[c][n] * state[j][c][n];
             if constexpr (kZoh) {
               const float natural = a_n * kLn2, z = token[c] * natural;
@@ -871,6 +886,10 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
               db[n] = fmaf(token[CH + c], dh, db[n]);
             }
           }
+          if constexpr (kSharedDecay && !kZoh) {
+            grads.a[c][0] = fmaf(token[c], dz_sum, grads.a[c][0]);
+            sum[c] = a[c][0] * dz_sum;
+          }
         }
         if constexpr (NS == 1) {
           single_db[j] = db[0];
@@ -886,14 +905,14 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
             for (int i = 0; i < kBatch; ++i)
               write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
             __syncwarp();
-            own_sums(scratch + seat.lane * kSumPitch + (lane_id - seat.lane) * 2 * CH, own[j / kBatch]);
+            own_sums(scratch + place.lane * kSumPitch + (lane_id - place.lane) * 2 * CH, own[j / kBatch]);
             __syncwarp();
           }
           continue;
         }
         if constexpr (kLanes == 1) {  // at once what finish_tokens leaves to do for the other layouts
           float x[CH];
-          read_floats<CH>(tile.x + t * spacing.single + seat.c, x);
+          read_floats<CH>(tile.x + t * spacing.single + place.c, x);
           finish_sums<CH, kZoh>(p, token, x, sum);
         }
         // In the place of the step and the input, which no lane of the channel needs any more.
@@ -901,13 +920,13 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
         const int sum_held = max(1, 2 * CH / lanes);
 #pragma unroll
         for (int v = 0; v < 2 * CH; ++v)
-          if (v < sum_held && seat.lane < 2 * CH) tile.tokens[t * spacing.twin + seat.c * 2 + sum_base + v] = sum[v];
+          if (v < sum_held && place.lane < 2 * CH) tile.tokens[t * spacing.twin + place.c * 2 + sum_base + v] = sum[v];
       }
       if constexpr (NS == 1) write_single(single_db, 0);
       __syncwarp();
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, walk, tile, part, own, grads);
+      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, tile, part, own, grads);
       __syncthreads();
-      write_dproj(p, seat, walk, tile, part);
+      write_dproj(p, place, walk, tile, part);
     }
   }
 
@@ -925,19 +944,19 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     for (int r = 0; r < p.rank; ++r) {
       float dw = dweight[(r * blockDim.x + threadIdx.x) * CH + c];
       for (int off = 1; off < p.state_lanes; off *= 2) dw += __shfl_xor_sync(0xffffffffu, dw, off);
-      if (exists && seat.lane == 0) p.ddt_weight[(mkd + c) * p.rank + r] = dw;
+      if (exists && place.lane == 0) p.ddt_weight[(mkd + c) * p.rank + r] = dw;
     }
     if (!exists) continue;
     if constexpr (kSharedDecay) {
-      if (seat.lane == 0) p.da[mkd + c] = grads.a[c][0];
+      if (place.lane == 0) p.da[mkd + c] = grads.a[c][0];
     } else {
 #pragma unroll
       for (int j = 0; j < NS; ++j) {
-        const int n = seat.lane * NS + j;
+        const int n = place.lane * NS + j;
         if (n < p.states) p.da[(mkd + c) * p.states + n] = grads.a[c][j];
       }
     }
-    if (seat.lane == 0) {
+    if (place.lane == 0) {
       if (p.ddt_bias != nullptr) p.ddt_bias[mkd + c] = grads.bias[c];
       if (p.dd != nullptr) p.dd[mkd + c] = grads.skip[c];
     }
@@ -950,8 +969,8 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  const Seat seat = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH, 0, 0,
-                     reinterpret_cast<char*>(shared_base)};
+  const Place place = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
+                       reinterpret_cast<char*>(shared_base)};
   const int64_t plane = int64_t{p.states} * p.channels;
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
@@ -967,19 +986,19 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       const int chunk = static_cast<int>(task % p.chunks), path = static_cast<int>(task / p.chunks % p.paths);
       const int64_t sequence = task / p.chunks / p.paths;
       const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
-      const int begin = chunk * p.chunk, d = track.first_d + seat.c;
+      const int begin = chunk * p.chunk, d = track.first_d + place.c;
       float g[CH][NS] = {}, steps[CH] = {};
-      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, place, track, begin, min(begin + p.chunk, p.tokens), g, steps);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
-      store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, g);
-      if (seat.lane == 0) {
+      store_state<NS, CH>(p, p.chunk_state + at * plane, d, place.lane, g);
+      if (place.lane == 0) {
 #pragma unroll
         for (int c = 0; c < CH; ++c)
           if (d + c < p.channels) p.chunk_steps[at * p.channels + d + c] = steps[c];
       }
     }
     grid.sync();
-    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(seat.shared + p.history_at));
+    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(place.shared + p.history_at));
     clear();
     grid.sync();
   }
@@ -995,8 +1014,8 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
           const Track track(p, int64_t{m} * p.batch + image % p.batch, p.order[i], group);
           float g[CH][NS] = {};
           if (p.chunks > 1)
-            load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + seat.c,
-                               seat.lane, g);
+            load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
+                               place.lane, g);
           const bool first_group = group == 0, last_group = group == p.groups - 1;
           const Contribution part = {first_group,
                                      last_group,
@@ -1005,7 +1024,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
                                      first_group && p.shared_source && p.source(m) != m,
                                      i == 0 || p.x_per_path,
                                      i == p.paths - 1 || p.x_per_path};
-          walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, track, chunk, part, g);
+          walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, track, chunk, part, g);
         }
       }
     }
