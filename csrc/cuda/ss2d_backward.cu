@@ -7,13 +7,13 @@
 // memory, then its tiles are taken in reverse: a tile's states are rebuilt into registers, and the tile is walked
 // backwards.
 //
-// Sums over channels (the gradients of B, C and of the low-rank part) are sums over the threads of a block: lanes by
-// shuffles that halve the number of values at each step, warps through shared memory in a fixed order. A block
-// therefore takes all blocks of channels of its chunk in turn. Where one modality's B and C serve both
-// (Exchange::from_*), it takes both modalities too, so that every element of dproj has one writer and every run gives
-// the same bits. The paths of an axis follow one another in the block that owns the chunk, the column paths behind a
-// grid barrier, so dx is summed in a fixed order too. Parameter gradients leave as one partial sum per (batch item,
-// chunk).
+// Sums over channels (the gradients of B, C and of the low-rank part) are sums over the threads of a block, always in
+// the same order: over a warp's threads through shared memory a batch of tokens at a time, or by shuffles that halve
+// the number of values at each step, and over the warps through shared memory. A block therefore takes all blocks of
+// channels of its chunk in turn. Where one modality's B and C serve both (Exchange::from_*), it takes both modalities
+// too, so that every element of dproj has one writer and every run gives the same bits. The paths of an axis follow one
+// another in the block that owns the chunk, the column paths behind a grid barrier, so dx is summed in a fixed order
+// too. Parameter gradients leave as one partial sum per (batch item, chunk).
 #include <algorithm>
 
 #include "launch.cuh"
@@ -24,9 +24,19 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 128;
-constexpr int kMinBlocks = 3;  // a multiprocessor holds: at most 168 registers a thread
-constexpr int kTile = 8;       // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+constexpr int kTile = 8;  // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+// Blocks that a multiprocessor holds: at most 168 registers a thread, 128 with one state.
+constexpr int min_blocks(int states_per_thread) { return states_per_thread == 1 ? 4 : 3; }
 constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
+constexpr int kWideTile = 16;  // tokens staged at a time in phase 1, which needs less memory for each
+constexpr int kBatch = 4;      // tokens whose gradients of B or C are summed over a warp's channels at a time
+static_assert(kTile % kBatch == 0, "a tile is made of batches");
+
+// Where tiles are staged in shared memory, offsets in bytes: as copied, two tiles of float, one of a 16-bit type, which
+// is free again once it has been decoded.
+struct Stage {
+  int pixels_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_x_at, decoded_dy_at, delta_at, token_at;
+};
 
 struct BackwardParams : Params {
   Activation dy;              // [M, B, L, D]
@@ -44,159 +54,312 @@ struct BackwardParams : Params {
   float* dd;             // [parts, M, K, D] or null
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
-  // Shared memory, offsets in bytes. Two tiles of rows and activations are in flight.
-  int walk_at, rows_at, decoded_rows_at, x_at, dy_at, decoded_at, delta_at, token_at, slope_at, sums_at, channels_at,
-      dweight_at, warp_sums_at, history_at;
+  bool paired;           // rows of dproj can be written two values at a time
+  FastDiv by_quads;      // columns of a row of sums, by four
+  Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
+  // The rest of shared memory, offsets in bytes.
+  int walk_at, channels_at, steps_at, dweight_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
-  int copy_lanes;  // threads that copy one token of a tile
+
+  __device__ int low_pitch() const { return pitch - 2 * padded_states; }
 };
+
+// Constants in the default layout (four lanes a channel), so that the tokens of a tile are immediate offsets.
+constexpr int single_of(int channels) { return channels + 8; }
+constexpr int twin_of(int channels) { return 2 * channels + 8; }
+constexpr int kDefaultLanes = 4, kDefaultStates = 4, kDefaultChannels = kMaxThreads / kDefaultLanes * 2;
+template <int kLanes>
+struct Spacing {
+  int single, twin, bc;  // bc: of the rows of B and C
+  __device__ explicit Spacing(const BackwardParams& p)
+      : single(kLanes == kDefaultLanes ? single_of(kDefaultChannels) : p.single),
+        twin(kLanes == kDefaultLanes ? twin_of(kDefaultChannels) : p.twin),
+        bc(kLanes == kDefaultLanes ? 2 * kDefaultLanes * kDefaultStates : 2 * p.padded_states) {}
+  // Slot t of a tile where its address shall not be hoisted out of a loop into registers.
+  __device__ static int slot(int t) { return kLanes == kDefaultLanes ? t : opaque(t); }
+};
+
+// What a walk reads of a token, and so stages.
+enum class Reads { b_x, c_dy, all };
+constexpr int tile_of(Reads reads) { return reads == Reads::c_dy ? kWideTile : kTile; }
+template <Reads kReads>
+__device__ inline const Stage& stage_of(const BackwardParams& p) {
+  return kReads == Reads::c_dy ? p.wide : p.narrow;
+}
+
+// Where a thread stands: lane of the channel, first channel within the block of channels; and the block's memory.
+struct Place {
+  int lane, c;
+  char* shared;
+};
+
+// One of the things that are copied of every token: contiguous bytes in memory and in shared memory.
+struct Run {
+  const char* from;  // at pixel 0
+  int pixel;         // bytes from pixel to pixel
+  int bytes, granule;
+  int to, token_pitch, buffer_pitch;  // in shared memory
+};
+constexpr int kRuns = 5;  // in this order: x, dy, B, C, and the low-rank part or delta
 
 // What a walk of one block along one path keeps at hand, in shared memory.
 struct Walk {
   Track track;
-  Bases bases;
-  const char* dy;  // at pixel 0, first channel of the block
-  int end;         // of the chunk
-  __device__ Walk(const BackwardParams& p, const Track& t, int end)
+  Run runs[kRuns];
+  int end;  // of the chunk
+  // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
+  // part and that of the B and C it reads; and from pixel to pixel.
+  int64_t dx, ddelta, own_row, bc_row;
+  int dx_pixel, ddelta_pixel, row_pixel;
+  __device__ Walk(const BackwardParams& p, const Track& t, int end, const Stage& stage, int tile)
       : track(t),
-        bases(p, t),
-        dy(p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * p.element()),
-        end(end) {}
+        end(end),
+        dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
+        ddelta_pixel(p.paths * p.channels),
+        row_pixel(p.paths * p.row()) {
+    const Bases bases(p, t);
+    const int element = p.element(), states = p.states * element, padded = p.padded_states * element;
+    const int channels = min(p.block_channels, p.channels - t.first_d) * element, single = p.single * element;
+    const int row_buffer = p.half ? 0 : tile * p.pitch * element, buffer = p.half ? 0 : tile * single;
+    const char* const dy = p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * element;
+    runs[0] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, buffer};
+    runs[1] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, buffer};
+    runs[2] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
+    runs[3] = runs[2];
+    runs[3].from += states;
+    runs[3].to += padded;
+    if (p.rank > 0) {
+      runs[4] = {bases.low,
+                 p.proj.pixel,
+                 p.rank * element,
+                 p.proj.granule,
+                 stage.rows_at + tile * 2 * padded,
+                 p.low_pitch() * element,
+                 row_buffer};
+    } else {
+      runs[4] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, buffer};
+    }
+    const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
+    const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
+    dx = image * dx_pixel + (p.x_per_path ? t.k * p.channels : 0) + t.first_d;
+    ddelta = image * ddelta_pixel + t.k * p.channels + t.first_d;
+    own_row = image * row_pixel + t.k * p.row();
+    bc_row = source * row_pixel + t.k * p.row() + p.rank;
+  }
 };
-__device__ inline const Walk& begin_walk(const BackwardParams& p, const Seat& seat, const Track& track, int end) {
-  Walk* const walk = reinterpret_cast<Walk*>(seat.shared + p.walk_at);
+template <Reads kReads>
+__device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& place, const Track& track, int end) {
+  Walk* const walk = reinterpret_cast<Walk*>(place.shared + p.walk_at);
   __syncthreads();  // nobody reads what the walk before needed
-  stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), threadIdx.x, blockDim.x);
-  if (threadIdx.x == 0) *walk = Walk(p, track, end);
+  stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x);
+  if (threadIdx.x == 0) *walk = Walk(p, track, end, stage_of<kReads>(p), tile_of(kReads));
   __syncthreads();
   return *walk;
 }
 
-// What a walk reads of a token, and so stages.
-enum class Reads { b_x, c_dy, all };
+// One of `lanes` threads' share of a run; these loops run a few times only.
+template <int kBytes>
+__device__ inline void copy_some(uint32_t to, const char* from, int bytes, int lane, int lanes) {
+#pragma unroll 1
+  for (int i = lane * kBytes; i < bytes; i += lanes * kBytes) copy_async<kBytes>(to + i, from + i);
+}
 
-// Starts the copies of the tile of tokens [q0, q0 + kTile) into buffer 0 or 1. Past the end: the last token once more.
+// Starts the copies of the tile of tokens [q0, q0 + kTokens) in the order of the scan, into buffer 0 or 1 (of
+// float): each warp takes runs. Past the end: the last token once more, and its pixel is -1.
 template <Reads kReads>
-__device__ inline void issue_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer) {
-  const int lane = opaque(seat.copy_lane), element = p.element();
-  const int x_bytes = p.single * element;
-  const int real_bytes = min(p.block_channels, p.channels - walk.track.first_d) * element;
-  const int slot = buffer * kTile + seat.copy_token;
-  if (seat.copy_token < kTile) {
-    const int pixel = walk.track.pixel(p, min(q0 + seat.copy_token, walk.end - 1));
-    copy_proj<kReads != Reads::c_dy, kReads != Reads::b_x, 0>(
-        p, walk.bases, pixel, seat.shared + p.rows_at + slot * p.pitch * element, lane, p.copy_lanes);
-    if constexpr (kReads != Reads::c_dy)
-      copy_row<0>(seat.shared + p.x_at + slot * x_bytes, walk.bases.x + int64_t{pixel} * p.x.pixel, real_bytes,
-                  p.x.granule, lane, p.copy_lanes);
-    if constexpr (kReads != Reads::b_x)
-      copy_row<0>(seat.shared + p.dy_at + slot * x_bytes, walk.dy + int64_t{pixel} * p.dy.pixel, real_bytes,
-                  p.dy.granule, lane, p.copy_lanes);
-    if (p.rank == 0)
-      copy_row<0>(seat.shared + p.delta_at + slot * x_bytes, walk.bases.delta + int64_t{pixel} * p.delta.pixel,
-                  real_bytes, p.delta.granule, lane, p.copy_lanes);
+__device__ inline void issue_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer) {
+  constexpr int kTokens = tile_of(kReads), kLanes = 32 / kTokens;
+  const int lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
+  const int token = lane_id / kLanes, lane = lane_id % kLanes;
+  const int q = q0 + (walk.track.reversed ? kTokens - 1 - token : token);
+  const int pixel = walk.track.pixel(p, min(q, walk.end - 1));
+  if (warp == 0)
+    reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + token] =
+        q < walk.end ? pixel : -1;
+#pragma unroll 1
+  for (int i = warp; i < (kReads == Reads::all ? kRuns : 3); i += blockDim.x / 32) {
+    const Run run = walk.runs[kReads == Reads::all ? i : kReads == Reads::b_x ? 2 * i : min(2 * i + 1, kRuns - 1)];
+    const char* const from = run.from + int64_t{pixel} * run.pixel;
+    char* const to = place.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    if (run.granule == 16) {
+      copy_some<16>(at, from, run.bytes, lane, kLanes);
+    } else if (run.granule == 8) {
+      copy_some<8>(at, from, run.bytes, lane, kLanes);
+    } else if (run.granule == 4) {
+      copy_some<4>(at, from, run.bytes, lane, kLanes);
+    } else {  // 16-bit rows that start on odd elements: cp.async cannot
+#pragma unroll 1
+      for (int j = lane * 2; j < run.bytes; j += kLanes * 2)
+        *reinterpret_cast<uint16_t*>(to + j) = *reinterpret_cast<const uint16_t*>(from + j);
+    }
   }
   copies_commit();
 }
 
-// A staged tile, ready to be walked.
+// A staged tile, ready to be walked. Its slots hold the tokens in the order of the scan.
 struct Tile {
-  const float* rows;    // [kTile, pitch]
-  const float* x;       // [kTile, single]
-  const float* dy;      // [kTile, single]
-  const float* tokens;  // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
+  const float* rows;  // [kTile, {B, C}, padded_states]
+  const float* low;   // [kTile, low_pitch]
+  const float* x;     // [kTile, single]
+  const float* dy;    // [kTile, single]
+  float* tokens;      // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh
+  const int* pixels;  // [kTile]: -1 past the end
 };
 
-// Computes the steps (and their slopes, for Reads::all) of a staged tile and makes float of its activations; every lane
-// of a channel takes its share of the tokens.
-template <Reads kReads, bool kZoh, bool kHalf, int CH>
-__device__ inline void compute_steps(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
+// Computes the steps of a staged tile (a second copy of them for Reads::all) and makes float of its activations; every
+// lane of a channel takes its share of the tokens.
+template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
+__device__ inline void compute_steps(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
                                      int q0, int buffer) {
-  const int x_bytes = p.single * (kHalf ? 2 : 4);
-  const char* const raw_x = seat.shared + p.x_at + buffer * kTile * x_bytes;
-  const char* const raw_dy = seat.shared + p.dy_at + buffer * kTile * x_bytes;
-  float* const tokens = const_cast<float*>(tile.tokens) + seat.c * 2;
-  float* const slopes = reinterpret_cast<float*>(seat.shared + p.slope_at) + seat.c;
-  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const bool partial = q0 + kTile > walk.end || walk.track.first_d + p.block_channels > p.channels;
-  const StepWeights<CH> weights(p, channels);
-  const int first = opaque(seat.lane);
-#pragma unroll 2
-  for (int t = first; t < kTile; t += p.state_lanes) {
-    float raw[CH], x[CH] = {}, dy[CH] = {}, token[2 * CH], slope[CH];
+  constexpr int kTokens = tile_of(kReads), kShare = kTokens / (kLanes > 0 ? kLanes : 1);  // a lane's tokens, at most
+  const Stage& stage = stage_of<kReads>(p);
+  const Spacing<kLanes> spacing(p);
+  const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
+  const int raw = kHalf ? 0 : buffer * kTokens * x_bytes;
+  const char* const raw_x = place.shared + stage.x_at + raw;
+  const char* const raw_dy = place.shared + stage.dy_at + raw;
+  const char* const raw_delta = place.shared + stage.delta_at + raw;
+  const int first = opaque(place.lane);
+  // Phase 1 needs no inputs.
+  const int token_pitch = kReads == Reads::c_dy ? spacing.single : spacing.twin;
+  float* const tokens = tile.tokens + first * token_pitch + (kReads == Reads::c_dy ? place.c : place.c * 2);
+  float* const steps = reinterpret_cast<float*>(place.shared + p.steps_at) + first * spacing.single + place.c;
+  float* const xs = const_cast<float*>(tile.x) + first * spacing.single + place.c;
+  float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + place.c;
+  const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
+  const int low_bytes = p.low_pitch() * (kHalf ? 2 : 4);
+  const char* const low = place.shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * 4) +
+                          kTokens * 2 * p.padded_states * (kHalf ? 2 : 4) + first * low_bytes;
+  float bias[CH];
+  read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+  // Tokens side by side: the weights are read once for them, and they hide each other's latency.
+  constexpr int kSide = kLanes == 0 ? 1 : kShare < 4 ? kShare : 4;
+#pragma unroll 1
+  for (int i = 0; i < kShare; i += kSide) {
+    if (kLanes == 0 && first + i * lanes >= kTokens) break;
+    float step[kSide][CH];
     if (p.rank > 0) {
-      token_raw<CH>(p, tile.rows + t * p.pitch, weights, channels, raw);
-    } else {
-      read_activation<CH, kHalf>(p, seat.shared + p.delta_at + (buffer * kTile + t) * x_bytes, seat.c, raw);
 #pragma unroll
-      for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
-    }
-    if constexpr (kReads != Reads::c_dy) read_activation<CH, kHalf>(p, raw_x + t * x_bytes, seat.c, x);
-    if (kReads != Reads::b_x && (kHalf || partial)) read_activation<CH, kHalf>(p, raw_dy + t * x_bytes, seat.c, dy);
+      for (int s = 0; s < kSide; ++s)
 #pragma unroll
-    for (int c = 0; c < CH; ++c) {
-      if constexpr (kReads == Reads::all) {
-        const Step step = p.softplus ? softplus_step(raw[c]) : Step{raw[c], 1.f};
-        token[c] = step.value;
-        slope[c] = step.slope;
-      } else {
-        token[c] = p.softplus ? softplus(raw[c]) : raw[c];
+        for (int c = 0; c < CH; ++c) step[s][c] = bias[c];
+      const float* weights = channels + kWeightRows * p.block_channels;
+#pragma unroll 1
+      for (int r = 0; r < p.rank; r += 2, weights += 2 * p.block_channels) {  // zeros follow an odd rank
+        float w[2][CH];
+        read_floats<CH>(weights, w[0]);
+        read_floats<CH>(weights + p.block_channels, w[1]);
+#pragma unroll
+        for (int s = 0; s < kSide; ++s) {
+          float pair[2];
+          read_activation<2, kHalf>(p, low + (i + s) * lanes * low_bytes, r, pair);
+#pragma unroll
+          for (int c = 0; c < CH; ++c) step[s][c] = fmaf(pair[1], w[1][c], fmaf(pair[0], w[0][c], step[s][c]));
+        }
       }
-      // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay
-      // 1, and nothing is added.
-      if (partial && (q0 + t >= walk.end || walk.track.first_d + seat.c + c >= p.channels))
-        token[c] = x[c] = dy[c] = slope[c] = 0.f;
-      token[CH + c] = kZoh ? x[c] : token[c] * x[c];
+    } else {
+#pragma unroll
+      for (int s = 0; s < kSide; ++s) {
+        read_activation<CH, kHalf>(p, raw_delta + (first + (i + s) * lanes) * x_bytes, place.c, step[s]);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step[s][c] += bias[c];
+      }
     }
-    write_floats<2 * CH>(tokens + t * p.twin, token);
-    if (kHalf || partial) {
-      if constexpr (kReads != Reads::c_dy) write_floats<CH>(const_cast<float*>(tile.x) + t * p.single + seat.c, x);
-      if constexpr (kReads != Reads::b_x) write_floats<CH>(const_cast<float*>(tile.dy) + t * p.single + seat.c, dy);
+    if (p.softplus) {
+#pragma unroll
+      for (int s = 0; s < kSide; ++s)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step[s][c] = softplus(step[s][c]);
     }
-    if constexpr (kReads == Reads::all) write_floats<CH>(slopes + t * p.single, slope);
+#pragma unroll
+    for (int s = 0; s < kSide; ++s) {
+      const int t = (i + s) * lanes;  // after the first
+      if constexpr (kReads == Reads::c_dy) {
+        write_floats<CH>(tokens + t * token_pitch, step[s]);
+      } else {
+        float token[2 * CH], x[CH];
+        read_activation<CH, kHalf>(p, raw_x + (first + t) * x_bytes, place.c, x);
+        if constexpr (kHalf) write_floats<CH>(xs + t * spacing.single, x);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          token[c] = step[s][c];
+          token[CH + c] = kZoh ? x[c] : step[s][c] * x[c];
+        }
+        write_floats<2 * CH>(tokens + t * token_pitch, token);
+      }
+      if constexpr (kHalf && kReads != Reads::b_x) {
+        float dy[CH];
+        read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, place.c, dy);
+        write_floats<CH>(dys + t * spacing.single, dy);
+      }
+      if constexpr (kReads == Reads::all && kLanes == 0) write_floats<CH>(steps + t * spacing.single, step[s]);
+    }
+  }
+  // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
+  // and nothing is added.
+  if (q0 + kTokens > walk.end || walk.track.first_d + p.block_channels > p.channels) {
+#pragma unroll 1
+    for (int t = 0; first + t < kTokens; t += lanes) {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        if (tile.pixels[first + t] >= 0 && walk.track.first_d + place.c + c < p.channels) continue;
+        tokens[t * token_pitch + c] = 0.f;
+        if constexpr (kReads != Reads::c_dy) tokens[t * token_pitch + CH + c] = 0.f;
+        if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
+        if constexpr (kReads != Reads::b_x) dys[t * spacing.single + c] = 0.f;
+        if constexpr (kReads == Reads::all && kLanes == 0) steps[t * spacing.single + c] = 0.f;
+      }
+    }
   }
 }
 
 // Waits for the tile in `buffer` and prepares it. Starts the next tile's copies by `issue_next()`.
-template <Reads kReads, bool kZoh, int CH, typename F>
-__device__ inline Tile prepare_tile(const BackwardParams& p, const Seat& seat, const Walk& walk, int q0, int buffer,
+template <Reads kReads, bool kZoh, int CH, int kLanes, typename F>
+__device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
                                     F&& issue_next) {
-  const int element = p.element(), row_bytes = p.pitch * element, x_bytes = p.single * element;
-  char* const shared = seat.shared;
+  constexpr int kTokens = tile_of(kReads);
+  const Stage& stage = stage_of<kReads>(p);
+  const int single = Spacing<kLanes>(p).single;
+  char* const shared = place.shared;
+  auto floats = [&](int at) { return reinterpret_cast<float*>(shared + at); };
+  Tile tile;
+  tile.tokens = floats(stage.token_at);
+  tile.pixels = reinterpret_cast<const int*>(shared + stage.pixels_at) + buffer * kTokens;
   copies_wait();
   __syncthreads();  // the tile is there; nobody needs the one before
-  issue_next();
-  Tile tile = {reinterpret_cast<const float*>(shared + p.rows_at + buffer * kTile * row_bytes),
-               reinterpret_cast<const float*>(shared + p.x_at + buffer * kTile * x_bytes),
-               reinterpret_cast<const float*>(shared + p.dy_at + buffer * kTile * x_bytes),
-               reinterpret_cast<const float*>(shared + p.token_at)};
   if (p.half) {
-    float* decoded = reinterpret_cast<float*>(shared + p.decoded_rows_at);
-    for (int i = threadIdx.x * 4; i < kTile * p.pitch; i += blockDim.x * 4)
-      *reinterpret_cast<float4*>(decoded + i) =
-          decode_quad(shared + p.rows_at + buffer * kTile * row_bytes + i * 2, p.dtype);
-    tile.rows = decoded;
-    tile.x = reinterpret_cast<const float*>(shared + p.decoded_at);
-    tile.dy = tile.x + kTile * p.single;
-    __syncthreads();
-  }
-  if (p.half) {
-    compute_steps<kReads, kZoh, true, CH>(p, seat, walk, tile, q0, buffer);
+    float* const rows = floats(stage.decoded_rows_at);
+    for (int i = threadIdx.x * 4; i < kTokens * p.pitch; i += blockDim.x * 4)
+      *reinterpret_cast<float4*>(rows + i) = decode_quad(shared + stage.rows_at + i * 2, p.dtype);
+    tile.rows = rows;
+    tile.x = floats(stage.decoded_x_at);
+    tile.dy = floats(stage.decoded_dy_at);
+    tile.low = rows + kTokens * 2 * p.padded_states;
+    compute_steps<kReads, kZoh, true, CH, kLanes>(p, place, walk, tile, q0, buffer);
+    __syncthreads();  // all is decoded
+    issue_next();
   } else {
-    compute_steps<kReads, kZoh, false, CH>(p, seat, walk, tile, q0, buffer);
+    issue_next();
+    tile.rows = floats(stage.rows_at) + buffer * kTokens * p.pitch;
+    tile.x = floats(stage.x_at) + buffer * kTokens * single;
+    tile.dy = floats(stage.dy_at) + buffer * kTokens * single;
+    tile.low = tile.rows + kTokens * 2 * p.padded_states;
+    compute_steps<kReads, kZoh, false, CH, kLanes>(p, place, walk, tile, q0, buffer);
+    __syncwarp();  // the lanes of a channel are in one warp
   }
-  __syncwarp();  // the lanes of a channel are in one warp
   return tile;
 }
 
-template <int NS, int CH, bool kSharedDecay, bool kZoh>
-__device__ inline void advance(const BackwardParams& p, const Tile& tile, const Seat& seat,
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ inline void advance(const BackwardParams& p, const Tile& tile, const Place& place,
                                const float (&a)[CH][kSharedDecay ? 1 : NS], int t, float (&h)[CH][NS]) {
+  const Spacing<kLanes> spacing(p);
   float token[2 * CH], b[NS];
-  read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
-  read_floats<NS>(tile.rows + t * p.pitch + seat.lane * NS, b);
+  read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
+  read_floats<NS>(tile.rows + t * spacing.bc + place.lane * NS, b);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
     const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
@@ -212,27 +375,27 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 }
 
 // Phase 1: the gradient that a chunk hands to the chunk scanned before it, from a zero start, and its sum of steps.
-template <int NS, int CH, bool kSharedDecay>
-__device__ void summarize_chunk(const BackwardParams& p, const Seat& seat, const Track& track, int begin, int end,
+template <int NS, int CH, int kLanes, bool kSharedDecay>
+__device__ void summarize_chunk(const BackwardParams& p, const Place& place, const Track& track, int begin, int end,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
-  const Walk& walk = begin_walk(p, seat, track, end);
+  const Walk& walk = begin_walk<Reads::c_dy>(p, place, track, end);
   float a[CH][kSharedDecay ? 1 : NS];
-  load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + seat.c, seat.lane, a);
-  const int tiles = (end - begin + kTile - 1) / kTile;
-  auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kTile; };
-  issue_tile<Reads::c_dy>(p, seat, walk, first_token(0), 0);
+  load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
+  const Spacing<kLanes> spacing(p);
+  const int tiles = (end - begin + kWideTile - 1) / kWideTile;
+  auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
+  issue_tile<Reads::c_dy>(p, place, walk, first_token(0), 0);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
-    const Tile tile = prepare_tile<Reads::c_dy, false, CH>(p, seat, walk, first_token(i), i & 1, [&] {
-      if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, seat, walk, first_token(i + 1), ~i & 1);
+    const Tile tile = prepare_tile<Reads::c_dy, false, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
+      if (i + 1 < tiles) issue_tile<Reads::c_dy>(p, place, walk, first_token(i + 1), ~i & 1);
     });
-#pragma unroll 2
-    for (int j = 0; j < kTile; ++j) {
-      const int t = track.reversed ? j : kTile - 1 - j;
-      float token[2 * CH], dy[CH], c_row[NS];
-      read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
-      read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
-      read_floats<NS>(tile.rows + t * p.pitch + p.padded_states + seat.lane * NS, c_row);
+#pragma unroll 4
+    for (int t = kWideTile - 1; t >= 0; --t) {
+      float token[CH], dy[CH], c_row[NS];
+      read_floats<CH>(tile.tokens + t * spacing.single + place.c, token);
+      read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
+      read_floats<NS>(tile.rows + t * spacing.bc + spacing.bc / 2 + place.lane * NS, c_row);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
@@ -280,6 +443,32 @@ __device__ inline int sum_over_lanes(float (&v)[NV], int first, int last, int la
   return base;
 }
 
+// Sums a batch of tokens' values of the states over the channels of a warp: `scratch` holds [kBatch, lane of the warp,
+// NS] with kBatchPad values between tokens, the sums go to rows `to`, pitch apart.
+constexpr int kBatchPad = 16;
+template <int NS, int kLanes>
+__device__ inline void sum_batch(const BackwardParams& p, const float* scratch, int lane_id, float* to) {
+  static_assert(NS % 4 == 0, "pairs of states");
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, states = NS * lanes;
+  const int pair_shift = (kLanes == kDefaultLanes ? 2 : p.lane_shift) + (NS == 8 ? 2 : 1);
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane_id; i < kBatch * states / 2; i += 32) {
+    const int t = i >> pair_shift, pair = i - (t << pair_shift);
+    const float* from = scratch + t * (32 * NS + kBatchPad) + pair * 2;
+    float2 sum = *reinterpret_cast<const float2*>(from);
+#pragma unroll(kLanes > 0 ? 32 / kLanes : 1)
+    for (int group = 1; group < 32 / lanes; ++group) {
+      const float2 v = *reinterpret_cast<const float2*>(from + group * states);
+      sum.x += v.x;
+      sum.y += v.y;
+    }
+    *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
+    if constexpr (kLanes == kDefaultLanes) break;  // a pair for each lane of the warp
+  }
+  __syncwarp();
+}
+
 // The gradients that a thread accumulates over a chunk: of its states, and of its share of the tokens.
 template <int NS, int CH, bool kSharedDecay>
 struct ParameterGradients {
@@ -295,54 +484,81 @@ struct Contribution {
   bool first_dx, last_dx;    // to dx: one per path
 };
 
-__device__ inline void add_to_dproj(const BackwardParams& p, int64_t to, float v, bool first, bool last) {
-  if (!first) v += __ldcg(p.dproj_sum + to);
-  if (last) {
-    store_as(p.dproj, to, v, p);
+// Two neighbouring elements of an output of type dtype, at an even element.
+__device__ inline void store_pair(void* to, int64_t i, float2 v, const BackwardParams& p) {
+  if (p.half) {
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + i) =
+        encode(v.x, p.dtype) | static_cast<uint32_t>(encode(v.y, p.dtype)) << 16;
   } else {
-    p.dproj_sum[to] = v;
+    *reinterpret_cast<float2*>(static_cast<float*>(to) + i) = v;
   }
 }
 
-// After a tile: the warps' sums become rows of dproj. Between two barriers.
-__device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, const Walk& walk,
-                                   const Contribution& part, int q0) {
-  const int row = p.row(), warps = blockDim.x / 32;
-  const int lane = opaque(seat.copy_lane), t = seat.copy_token;
-  if (t >= kTile || q0 + t >= walk.end) return;
-  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.warp_sums_at) + t * p.pitch;
-  const Track& track = walk.track;
-  const int64_t pixel = track.pixel(p, q0 + t);
-  const int64_t image = (int64_t{track.m} * p.batch + track.b) * p.tokens + pixel;
-  const int64_t source = (int64_t{p.source(track.m)} * p.batch + track.b) * p.tokens + pixel;
-  const int64_t own = (image * p.paths + track.k) * row, from = (source * p.paths + track.k) * row + p.rank;
-  if (!p.half && part.first_bc && part.last_bc && p.padded_states == p.states && p.rank % 2 == 0) {
-    float* const to = p.dproj_sum + from;
+// at + pixel * stride, of numbers that are not negative: one instruction.
+__device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
+  return at + static_cast<int64_t>(uint64_t{static_cast<uint32_t>(pixel)} * static_cast<uint32_t>(stride));
+}
+
+// After a tile: the warps' sums become rows of dproj, four columns a thread. Between two barriers.
+__device__ inline void write_dproj(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
+                                   const Contribution& part) {
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int quads = static_cast<int>(p.by_quads.divisor);
 #pragma unroll 1
-    for (int j = lane * 2; j < 2 * p.states; j += p.copy_lanes * 2) {
-      float2 sum = make_float2(0.f, 0.f);
-      for (int w = 0; w < warps; ++w) {
-        const float2 v = *reinterpret_cast<const float2*>(sums + w * kTile * p.pitch + j);
-        sum.x += v.x;
-        sum.y += v.y;
+  for (int i = opaque(threadIdx.x); i < kTile * quads; i += blockDim.x) {
+    const int t = p.by_quads.quotient(i), column = (i - t * quads) * 4, pixel = tile.pixels[t];
+    if (pixel < 0) continue;
+    const float* const sums = reinterpret_cast<const float*>(place.shared + p.warp_sums_at) + t * p.pitch + column;
+    float v[4];
+    read_floats<4>(sums, v);
+#pragma unroll
+    for (int w = 1; w < kMaxThreads / 32; ++w) {
+      if (w < warps) {
+        const float4 more = *reinterpret_cast<const float4*>(sums + w * kTile * p.pitch);
+        v[0] += more.x;
+        v[1] += more.y;
+        v[2] += more.z;
+        v[3] += more.w;
       }
-      *reinterpret_cast<float2*>(to + j) = sum;
     }
-  } else {
-#pragma unroll 1
-    for (int j = lane; j < 2 * p.states; j += p.copy_lanes) {
-      const int column = j < p.states ? j : p.padded_states + j - p.states;
-      float sum = 0.f;
-      for (int w = 0; w < warps; ++w) sum += sums[w * kTile * p.pitch + column];
-      add_to_dproj(p, from + j, sum, part.first_bc, part.last_bc);
-      if (part.zero_own_bc) store_as(p.dproj, own + p.rank + j, 0.f, p);
+    const bool of_c = column >= p.padded_states, low = column >= 2 * p.padded_states;
+    const int at = column - (low    ? 2 * p.padded_states
+                             : of_c ? p.padded_states
+                                    : 0);  // within B, C or the low-rank part
+    const int count = min((low ? p.rank : p.states) - at, 4), row_at = !low && of_c ? p.states + at : at;
+    const int64_t to = at_pixel((low ? walk.own_row : walk.bc_row) + row_at, pixel, walk.row_pixel);
+    const bool first = low ? part.first_low : part.first_bc, last = low ? part.last_low : part.last_bc;
+    if (p.paired) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        if (j >= count) break;
+        float2 sum = make_float2(v[j], v[j + 1]);
+        if (!first) {
+          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to + j));
+          sum = make_float2(sum.x + before.x, sum.y + before.y);
+        }
+        if (last) {
+          store_pair(p.dproj, to + j, sum, p);
+        } else {
+          *reinterpret_cast<float2*>(p.dproj_sum + to + j) = sum;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j >= count) break;
+        const float sum = first ? v[j] : v[j] + __ldcg(p.dproj_sum + to + j);
+        if (last) {
+          store_as(p.dproj, to + j, sum, p);
+        } else {
+          p.dproj_sum[to + j] = sum;
+        }
+      }
     }
-  }
-#pragma unroll 1
-  for (int r = lane; r < p.rank; r += p.copy_lanes) {
-    float sum = 0.f;
-    for (int w = 0; w < warps; ++w) sum += sums[w * kTile * p.pitch + 2 * p.padded_states + r];
-    add_to_dproj(p, own + r, sum, part.first_low, part.last_low);
+    if (part.zero_own_bc && !low) {
+      const int64_t own = at_pixel(walk.own_row + p.rank + row_at, pixel, walk.row_pixel);
+      for (int j = 0; j < count; ++j) store_as(p.dproj, own + j, 0.f, p);
+    }
   }
 }
 
@@ -350,101 +566,143 @@ __device__ inline void write_dproj(const BackwardParams& p, const Seat& seat, co
 template <int CH>
 __device__ inline void write_dx(const BackwardParams& p, const Contribution& part, int64_t to, int exist,
                                 const float (&dx)[CH]) {
-  if (CH == 2 && p.channels % 2 == 0 && !p.half) {
-    if (exist < CH) return;
-    if (part.first_dx) {
-      write_floats<CH>(p.dx_sum + to, dx);
-    } else {
-      add_at<CH>(p.dx_sum + to, dx);
+  if constexpr (CH == 2) {
+    if (p.channels % 2 == 0) {  // both channels or none
+      if (exist < CH) return;
+      if (p.half && part.last_dx) {
+        float2 sum = make_float2(dx[0], dx[1]);
+        if (!part.first_dx) {
+          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dx_sum + to));
+          sum.x = before.x + sum.x;
+          sum.y = before.y + sum.y;
+        }
+        store_pair(p.dx, to, sum, p);
+      } else if (part.first_dx) {
+        write_floats<CH>(p.dx_sum + to, dx);
+      } else {
+        add_at<CH>(p.dx_sum + to, dx);
+      }
+      return;
     }
-    return;
   }
-#pragma unroll
+#pragma unroll 1
   for (int c = 0; c < CH; ++c) {
     if (c >= exist) break;
+    const float one[1] = {c == 0 ? dx[0] : dx[CH - 1]};
     if (p.half && part.last_dx) {
-      store_as(p.dx, to + c, part.first_dx ? dx[c] : __ldcg(p.dx_sum + to + c) + dx[c], p);
+      store_as(p.dx, to + c, part.first_dx ? one[0] : __ldcg(p.dx_sum + to + c) + one[0], p);
     } else if (part.first_dx) {
-      p.dx_sum[to + c] = dx[c];
+      p.dx_sum[to + c] = one[0];
     } else {
-      const float one[1] = {dx[c]};
       add_at<1>(p.dx_sum + to + c, one);
     }
+  }
+}
+
+// The derivative of softplus where it is `step`: 1 - e^-step, by its Taylor series where the difference would cancel.
+__device__ inline float slope_of(float step) {
+  float p = 1.f / 5040.f;
+  p = fmaf(p, -step, 1.f / 720.f);
+  p = fmaf(p, -step, 1.f / 120.f);
+  p = fmaf(p, -step, 1.f / 24.f);
+  p = fmaf(p, -step, 1.f / 6.f);
+  p = fmaf(p, -step, 0.5f);
+  p = fmaf(p, -step, 1.f);
+  return step < 0.5f ? step * p : 1.f - exp2_fast(-step * kLog2e);
+}
+
+// The sums over the states of a token's channels, d step through the decay and dh * B (zoh: d step in full, and dx),
+// become the gradients of the raw steps, and dx but for the skip. `step` holds the steps in front.
+template <int CH, bool kZoh, int kCount>
+__device__ inline void finish_sums(const BackwardParams& p, const float (&step)[kCount], const float (&x)[CH],
+                                   float (&sum)[2 * CH]) {
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
+    sum[c] = p.softplus ? dstep * slope_of(step[c]) : dstep;
+    if constexpr (!kZoh) sum[CH + c] *= step[c];
   }
 }
 
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, const Walk& walk, const Tile& tile,
-                                     const Contribution& part, int q0,
+__device__ inline void finish_tokens(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
+                                     const Contribution& part, const float (&own)[kTile / kBatch][2 * CH],
                                      ParameterGradients<NS, CH, kSharedDecay>& grads) {
+  const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float* const sums = reinterpret_cast<const float*>(seat.shared + p.sums_at) + seat.c * 2;
-  const float* const slopes = reinterpret_cast<const float*>(seat.shared + p.slope_at) + seat.c;
-  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const int first = opaque(seat.lane);
-  float draw[kShare][CH] = {};
+  const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
+  const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
+  const int first = opaque(place.lane);
+  float draw[kShare][CH] = {}, skip[CH];
+  read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
-    if (t >= kTile) break;
-    const int at = t * p.single;
-    float sum[2 * CH], x[CH], dy[CH], slope[CH], token[2 * CH], dx[CH], skip[CH];
-    read_floats<2 * CH>(sums + t * p.twin, sum);
-    read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
-    read_floats<CH>(tile.x + at + seat.c, x);
-    read_floats<CH>(tile.dy + at + seat.c, dy);
-    read_floats<CH>(slopes + at, slope);
-    read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
+    if (kLanes == 0 && t >= kTile) break;
+    const int at = t * spacing.single;
+    float sum[2 * CH], x[CH], dy[CH], dx[CH];
+    const float* const token = tile.tokens + t * spacing.twin + place.c * 2;
+    read_floats<CH>(tile.x + at + place.c, x);
+    read_floats<CH>(tile.dy + at + place.c, dy);
+    if constexpr (kLanes == kDefaultLanes) {
+#pragma unroll
+      for (int v = 0; v < 2 * CH; ++v) sum[v] = own[i][v];
+    } else {
+      read_floats<2 * CH>(token, sum);
+    }
+    if constexpr (kLanes != 1) {
+      float step[CH];
+      read_floats<CH>(kLanes == kDefaultLanes ? token : steps + at, step);
+      finish_sums<CH, kZoh>(p, step, x, sum);
+    }
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
-      // sum: d step through the decay, and dh * B (zoh: d step in full, and dx)
-      const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
-      draw[i][c] = dstep * slope[c];
-      dx[c] = fmaf(skip[c], dy[c], kZoh ? sum[CH + c] : token[c] * sum[CH + c]);
+      draw[i][c] = sum[c];
+      dx[c] = fmaf(skip[c], dy[c], sum[CH + c]);
       grads.bias[c] += draw[i][c];
       grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
     }
-    if (q0 + t < walk.end) {
-      const Track& track = walk.track;
-      const int64_t pixel = (int64_t{track.m} * p.batch + track.b) * p.tokens + track.pixel(p, q0 + t);
-      const int d = track.first_d + seat.c;
-      write_dx<CH>(p, part, (p.x_per_path ? pixel * p.paths + track.k : pixel) * p.channels + d, p.channels - d, dx);
+    const int pixel = tile.pixels[t], exist = p.channels - walk.track.first_d - place.c;
+    if (pixel >= 0) {
+      write_dx<CH>(p, part, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx);
       if (p.ddelta != nullptr) {
+        const int64_t to = at_pixel(walk.ddelta + place.c, pixel, walk.ddelta_pixel);
 #pragma unroll
         for (int c = 0; c < CH; ++c)
-          if (d + c < p.channels) store_as(p.ddelta, (pixel * p.paths + track.k) * p.channels + d + c, draw[i][c], p);
+          if (c < exist) store_as(p.ddelta, to + c, draw[i][c], p);
       }
     }
   }
-  float* const warp_sums =
-      reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
-  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at) + threadIdx.x * CH;
+  float* warp_sums =
+      reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
+  float* dweight = reinterpret_cast<float*>(place.shared + p.dweight_at) + threadIdx.x * CH;
+  const float* weights = channels + kWeightRows * p.block_channels;
+  const float* values = tile.low + first * p.low_pitch();
 #pragma unroll 1
-  for (int r = 0; r < p.rank; ++r) {
+  for (int r = 0; r < p.rank; ++r, ++warp_sums, ++values, weights += p.block_channels, dweight += blockDim.x * CH) {
     float w[CH], dw[CH], low[kShare] = {};
-    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w);
-    read_floats<CH>(dweight + r * blockDim.x * CH, dw);
+    read_floats<CH>(weights, w);
+    read_floats<CH>(dweight, dw);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      const int t = first + i * lanes;
-      if (t >= kTile) break;
-      const float value = tile.rows[t * p.pitch + 2 * p.padded_states + r];
+      if (kLanes == 0 && first + i * lanes >= kTile) break;
+      const float value = values[i * lanes * p.low_pitch()];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         low[i] = fmaf(draw[i][c], w[c], low[i]);
         dw[c] = fmaf(draw[i][c], value, dw[c]);
       }
     }
-    write_floats<CH>(dweight + r * blockDim.x * CH, dw);
+    write_floats<CH>(dweight, dw);
     const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
     const int held = max(1, kShare * lanes / 32);
 #pragma unroll
     for (int v = 0; v < kShare; ++v) {
       const int t = first + (base + v) * lanes;
-      if (v < held && lane_id < kShare * lanes && t < kTile) warp_sums[t * p.pitch + r] = low[v];
+      if (v < held && lane_id < kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch] = low[v];
     }
   }
 }
@@ -452,25 +710,55 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Seat& seat, 
 // Phase 3: one chunk of one path, against the scan. g is the gradient that the chunk scanned next hands over.
 // kLanes: state_lanes where known at compile time, else 0.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track& track, int chunk,
+__device__ void walk_back(const BackwardParams& p, const Place& place, const Track& track, int chunk,
                           const Contribution& part, float (&g)[CH][NS]) {
   const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
-  const Walk& walk = begin_walk(p, seat, track, end);
-  const int d = track.first_d + seat.c;
+  const Walk& walk = begin_walk<Reads::all>(p, place, track, end);
+  const int d = track.first_d + place.c;
   const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = kLanes > 0 ? kLanes : p.state_lanes;
   constexpr int kDecays = kSharedDecay ? 1 : NS;
   float a[CH][kDecays];
-  load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
+  load_decays<NS, CH, kSharedDecay>(p, track, d, place.lane, a);
   ParameterGradients<NS, CH, kSharedDecay> grads = {};
-  float* const dweight = reinterpret_cast<float*>(seat.shared + p.dweight_at);
+  float* const dweight = reinterpret_cast<float*>(place.shared + p.dweight_at);
   for (int i = 0; i < p.rank * CH; ++i) dweight[i * blockDim.x + threadIdx.x] = 0.f;
-  float* const history = reinterpret_cast<float*>(seat.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
+  float* const history = reinterpret_cast<float*>(place.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
   constexpr int V = NS % 4 == 0 ? 4 : 1;
   auto history_at = [&](int tile, int c, int j) {
     return history + (((tile * CH + c) * (NS / V) + j / V) * blockDim.x + threadIdx.x) * V;
   };
-  float* const warp_sums = reinterpret_cast<float*>(seat.shared + p.warp_sums_at) + warp * kTile * p.pitch;
-  float* const sums = reinterpret_cast<float*>(seat.shared + p.sums_at);
+  float* const warp_sums = reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch;
+  constexpr int kBatchPitch = 32 * NS + kBatchPad;
+  float* const scratch = reinterpret_cast<float*>(place.shared + p.scratch_at) + warp * kBatch * kBatchPitch;
+  const Spacing<kLanes> spacing(p);
+
+  // The gradients of B or C of one token of a batch, of the thread's channels.
+  auto write_batch = [&](int j, const float (&v)[NS]) {
+    float* const to = scratch + j * kBatchPitch + lane_id * NS;
+    if constexpr (NS % 4 == 0) {
+#pragma unroll
+      for (int n = 0; n < NS; n += 4) write_floats<4>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
+    }
+  };
+  // The sums over a channel's lanes, of the token of a batch that is this lane's.
+  constexpr bool kOwned = kLanes == kDefaultLanes;
+  constexpr int kSumPitch = 32 * 2 * CH + 4;  // the lanes of a channel read different tokens, from different banks
+  static_assert(!kOwned || (kLanes == kBatch && kSumPitch <= kBatchPitch), "a token for each lane, in the same memory");
+  auto own_sums = [&](const float* from, float (&sum)[2 * CH]) {
+    read_floats<2 * CH>(from, sum);
+#pragma unroll
+    for (int i = 1; i < kLanes; ++i) {
+      float v[2 * CH];
+      read_floats<2 * CH>(from + i * 2 * CH, v);
+#pragma unroll
+      for (int c = 0; c < 2 * CH; ++c) sum[c] += v[c];
+    }
+  };
+  // Those of a tile, of a channel with one state.
+  auto write_single = [&](float (&v)[NS == 1 ? kTile : 1], int column) {
+    const int t = sum_over_lanes<1, 32>(v, 1, 32, lane_id);
+    if (lane_id < kTile) warp_sums[t * p.pitch + column] = v[0];
+  };
 
   const int pieces = (end - begin + int{kCheckpoint} - 1) / int{kCheckpoint};
   const int64_t plane = int64_t{p.states} * p.channels;
@@ -481,13 +769,13 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     auto first_token = [&](int tile) { return piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
     __syncthreads();  // the buffers of the piece before are free
     if (tiles > 1) {
-      issue_tile<Reads::b_x>(p, seat, walk, first_token(0), 0);
+      issue_tile<Reads::b_x>(p, place, walk, first_token(0), 0);
     } else {
-      issue_tile<Reads::all>(p, seat, walk, first_token(0), 0);
+      issue_tile<Reads::all>(p, place, walk, first_token(0), 0);
     }
     float h[CH][NS] = {};
     load_state<NS, CH>(p, p.saved_states + (track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint}) * plane, d,
-                       seat.lane, h);
+                       place.lane, h);
     // Along the scan: the state at the entry of every tile.
 #pragma unroll 1
     for (int i = 0; i < tiles - 1; ++i) {
@@ -500,23 +788,22 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           for (int v = 0; v < V; ++v) part_of[v] = h[c][j + v];
           write_floats<V>(history_at(i, c, j), part_of);
         }
-      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH>(p, seat, walk, first_token(i), i & 1, [&] {
+      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
         if (i + 2 < tiles) {
-          issue_tile<Reads::b_x>(p, seat, walk, first_token(i + 1), ~i & 1);
+          issue_tile<Reads::b_x>(p, place, walk, first_token(i + 1), ~i & 1);
         } else {
-          issue_tile<Reads::all>(p, seat, walk, first_token(i + 1), ~i & 1);
+          issue_tile<Reads::all>(p, place, walk, first_token(i + 1), ~i & 1);
         }
       });
-#pragma unroll 2
-      for (int j = 0; j < kTile; ++j)
-        advance<NS, CH, kSharedDecay, kZoh>(p, tile, seat, a, track.reversed ? kTile - 1 - j : j, h);
+#pragma unroll 4
+      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, j, h);
     }
     // Against it: tile by tile.
 #pragma unroll 1
     for (int i = tiles - 1; i >= 0; --i) {
       const int q0 = first_token(i);
-      const Tile tile = prepare_tile<Reads::all, kZoh, CH>(p, seat, walk, q0, i & 1, [&] {
-        if (i > 0) issue_tile<Reads::all>(p, seat, walk, first_token(i - 1), ~i & 1);
+      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, place, walk, q0, i & 1, [&] {
+        if (i > 0) issue_tile<Reads::all>(p, place, walk, first_token(i - 1), ~i & 1);
       });
       if (i < tiles - 1) {
 #pragma unroll
@@ -530,48 +817,59 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
           }
       }
       float state[kTile][CH][NS];  // before each token
+      float batch_sums[kBatch][2 * CH], own[kTile / kBatch][2 * CH];
+      float single_db[NS == 1 ? kTile : 1], single_dc[NS == 1 ? kTile : 1];
 #pragma unroll
       for (int j = 0; j < kTile; ++j) {
-        const int t = opaque(track.reversed ? kTile - 1 - j : j);
+        const int t = spacing.slot(j);
 #pragma unroll
         for (int c = 0; c < CH; ++c)
 #pragma unroll
           for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
-        advance<NS, CH, kSharedDecay, kZoh>(p, tile, seat, a, t, h);
+        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, t, h);
         float dy[CH], dc[NS];
-        read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
+        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
           dc[n] = dy[0] * h[0][n];
 #pragma unroll
           for (int c = 1; c < CH; ++c) dc[n] = fmaf(dy[c], h[c][n], dc[n]);
         }
-        const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(dc, lanes, 32, lane_id);
-        const int held = max(1, NS * lanes / 32);
-#pragma unroll
-        for (int v = 0; v < NS; ++v)
-          if (v < held && lane_id < NS * lanes)
-            warp_sums[t * p.pitch + p.padded_states + seat.lane * NS + base + v] = dc[v];
+        if constexpr (NS == 1) {
+          single_dc[j] = dc[0];
+        } else {
+          write_batch(j % kBatch, dc);
+          if (j % kBatch == kBatch - 1)
+            sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + (j - kBatch + 1) * p.pitch + p.padded_states);
+        }
       }
+      if constexpr (NS == 1) write_single(single_dc, p.padded_states);
 #pragma unroll
       for (int j = kTile - 1; j >= 0; --j) {
-        const int t = opaque(track.reversed ? kTile - 1 - j : j);
-        const float* row = tile.rows + t * p.pitch + seat.lane * NS;
+        const int t = spacing.slot(j);
+        const float* row = tile.rows + t * spacing.bc + place.lane * NS;
         float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
         float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
-        read_floats<2 * CH>(tile.tokens + t * p.twin + seat.c * 2, token);
-        read_floats<CH>(tile.dy + t * p.single + seat.c, dy);
+        read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
+        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
         read_floats<NS>(row, b);
-        read_floats<NS>(row + p.padded_states, c_row);
+        read_floats<NS>(row + spacing.bc / 2, c_row);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+          float dz_sum = 0.f;  // with a shared decay, over the states
 #pragma unroll
           for (int n = 0; n < NS; ++n) {
             const float a_n = a[c][kSharedDecay ? 0 : n];
             const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
             const float dh = fmaf(c_row[n], dy[c], g[c][n]);
             g[c][n] = e * dh;
+            if constexpr (kSharedDecay && !kZoh) {
+              dz_sum = fmaf(g[c][n], state[j][c][n], dz_sum);
+              sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+              db[n] = fmaf(token[CH + c], dh, db[n]);
+              continue;
+            }
             const float dz = g[c][n] * state[j][c][n];
             if constexpr (kZoh) {
               const float natural = a_n * kLn2, z = token[c] * natural;
@@ -589,22 +887,47 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
               db[n] = fmaf(token[CH + c], dh, db[n]);
             }
           }
+          if constexpr (kSharedDecay && !kZoh) {
+            grads.a[c][0] = fmaf(token[c], dz_sum, grads.a[c][0]);
+            sum[c] = a[c][0] * dz_sum;
+          }
         }
-        const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(db, lanes, 32, lane_id);
-        const int held = max(1, NS * lanes / 32);
+        if constexpr (NS == 1) {
+          single_db[j] = db[0];
+        } else {
+          write_batch(j % kBatch, db);
+          if (j % kBatch == 0) sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + j * p.pitch);
+        }
+        if constexpr (kOwned) {
 #pragma unroll
-        for (int v = 0; v < NS; ++v)
-          if (v < held && lane_id < NS * lanes) warp_sums[t * p.pitch + seat.lane * NS + base + v] = db[v];
+          for (int v = 0; v < 2 * CH; ++v) batch_sums[j % kBatch][v] = sum[v];
+          if (j % kBatch == 0) {
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+              write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
+            __syncwarp();
+            own_sums(scratch + place.lane * kSumPitch + (lane_id - place.lane) * 2 * CH, own[j / kBatch]);
+            __syncwarp();
+          }
+          continue;
+        }
+        if constexpr (kLanes == 1) {  // at once what finish_tokens leaves to do for the other layouts
+          float x[CH];
+          read_floats<CH>(tile.x + t * spacing.single + place.c, x);
+          finish_sums<CH, kZoh>(p, token, x, sum);
+        }
+        // In the place of the step and the input, which no lane of the channel needs any more.
         const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
         const int sum_held = max(1, 2 * CH / lanes);
 #pragma unroll
         for (int v = 0; v < 2 * CH; ++v)
-          if (v < sum_held && seat.lane < 2 * CH) sums[t * p.twin + seat.c * 2 + sum_base + v] = sum[v];
+          if (v < sum_held && place.lane < 2 * CH) tile.tokens[t * spacing.twin + place.c * 2 + sum_base + v] = sum[v];
       }
+      if constexpr (NS == 1) write_single(single_db, 0);
       __syncwarp();
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, walk, tile, part, q0, grads);
+      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, tile, part, own, grads);
       __syncthreads();
-      write_dproj(p, seat, walk, part, q0);
+      write_dproj(p, place, walk, tile, part);
     }
   }
 
@@ -622,19 +945,19 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
     for (int r = 0; r < p.rank; ++r) {
       float dw = dweight[(r * blockDim.x + threadIdx.x) * CH + c];
       for (int off = 1; off < p.state_lanes; off *= 2) dw += __shfl_xor_sync(0xffffffffu, dw, off);
-      if (exists && seat.lane == 0) p.ddt_weight[(mkd + c) * p.rank + r] = dw;
+      if (exists && place.lane == 0) p.ddt_weight[(mkd + c) * p.rank + r] = dw;
     }
     if (!exists) continue;
     if constexpr (kSharedDecay) {
-      if (seat.lane == 0) p.da[mkd + c] = grads.a[c][0];
+      if (place.lane == 0) p.da[mkd + c] = grads.a[c][0];
     } else {
 #pragma unroll
       for (int j = 0; j < NS; ++j) {
-        const int n = seat.lane * NS + j;
+        const int n = place.lane * NS + j;
         if (n < p.states) p.da[(mkd + c) * p.states + n] = grads.a[c][j];
       }
     }
-    if (seat.lane == 0) {
+    if (place.lane == 0) {
       if (p.ddt_bias != nullptr) p.ddt_bias[mkd + c] = grads.bias[c];
       if (p.dd != nullptr) p.dd[mkd + c] = grads.skip[c];
     }
@@ -642,38 +965,42 @@ __device__ void walk_back(const BackwardParams& p, const Seat& seat, const Track
 }
 
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
+__global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  const Seat seat = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
-                     static_cast<int>(threadIdx.x) % p.copy_lanes, static_cast<int>(threadIdx.x) / p.copy_lanes,
-                     reinterpret_cast<char*>(shared_base)};
+  const Place place = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
+                       reinterpret_cast<char*>(shared_base)};
   const int64_t plane = int64_t{p.states} * p.channels;
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
-  for (int i = threadIdx.x; i < p.history_at / 4; i += blockDim.x) reinterpret_cast<float*>(shared_base)[i] = 0.f;
-  __syncthreads();
+  auto clear = [&] {
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.history_at / 4; i += blockDim.x) reinterpret_cast<float*>(shared_base)[i] = 0.f;
+    __syncthreads();
+  };
+  clear();
   if (p.chunks > 1) {
     const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.paths * p.chunks;
     for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
       const int chunk = static_cast<int>(task % p.chunks), path = static_cast<int>(task / p.chunks % p.paths);
       const int64_t sequence = task / p.chunks / p.paths;
       const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
-      const int begin = chunk * p.chunk, d = track.first_d + seat.c;
+      const int begin = chunk * p.chunk, d = track.first_d + place.c;
       float g[CH][NS] = {}, steps[CH] = {};
-      summarize_chunk<NS, CH, kSharedDecay>(p, seat, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, place, track, begin, min(begin + p.chunk, p.tokens), g, steps);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
-      store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, g);
-      if (seat.lane == 0) {
+      store_state<NS, CH>(p, p.chunk_state + at * plane, d, place.lane, g);
+      if (place.lane == 0) {
 #pragma unroll
         for (int c = 0; c < CH; ++c)
           if (d + c < p.channels) p.chunk_steps[at * p.channels + d + c] = steps[c];
       }
     }
     grid.sync();
-    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(seat.shared + p.history_at));
+    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(place.shared + p.history_at));
+    clear();
     grid.sync();
   }
   const int images = p.shared_source ? p.batch : p.modalities * p.batch;
@@ -688,8 +1015,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
           const Track track(p, int64_t{m} * p.batch + image % p.batch, p.order[i], group);
           float g[CH][NS] = {};
           if (p.chunks > 1)
-            load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + seat.c,
-                               seat.lane, g);
+            load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
+                               place.lane, g);
           const bool first_group = group == 0, last_group = group == p.groups - 1;
           const Contribution part = {first_group,
                                      last_group,
@@ -698,7 +1025,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
                                      first_group && p.shared_source && p.source(m) != m,
                                      i == 0 || p.x_per_path,
                                      i == p.paths - 1 || p.x_per_path};
-          walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, seat, track, chunk, part, g);
+          walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, track, chunk, part, g);
         }
       }
     }
@@ -706,6 +1033,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
 }
 
 using BackwardKernel = void (*)(BackwardParams);
+
+// Whether the kernel is one made for the default layout.
+bool runs_default(const SS2DProblem& problem, const Layout& layout) {
+  return layout.states_per_thread == kDefaultStates && layout.state_lanes == kDefaultLanes &&
+         problem.discretization == Discretization::euler;
+}
 
 // Eight states of one channel only where 32 lanes of four do not suffice.
 template <bool kSharedDecay, bool kZoh>
@@ -743,29 +1076,49 @@ Layout layout_of(const SS2DProblem& problem) {
   return layout;
 }
 
+// The buffers for tiles of `tokens`, with x and the inputs made of it or without.
+Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const BackwardParams& params, int tokens,
+                    bool with_x, SharedBytes& shared) {
+  const int element = problem.dtype == DType::f32 ? 4 : 2;
+  const int buffers = element == 2 ? 1 : 2;
+  const int raw_bytes = buffers * tokens * params.single * element, decoded_bytes = tokens * params.single * 4;
+  Stage stage{};
+  stage.pixels_at = shared.reserve(2 * tokens * static_cast<int>(sizeof(int)));
+  stage.rows_at = shared.reserve(buffers * tokens * layout.pitch * element);
+  if (element == 2) stage.decoded_rows_at = shared.reserve(tokens * layout.pitch * 4);
+  if (with_x) stage.x_at = shared.reserve(raw_bytes);
+  stage.dy_at = shared.reserve(raw_bytes);
+  if (element == 2) {
+    stage.decoded_x_at = with_x ? shared.reserve(decoded_bytes) : 0;
+    stage.decoded_dy_at = shared.reserve(decoded_bytes);
+  }
+  if (problem.rank == 0) stage.delta_at = shared.reserve(raw_bytes);
+  stage.token_at = shared.reserve(tokens * (with_x ? params.twin : params.single) * 4);
+  return stage;
+}
+
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
-  const int element = problem.dtype == DType::f32 ? 4 : 2, channels = layout.block_channels;
-  params.single = channels + 8;
-  params.twin = 2 * channels + 8;
-  const int raw_bytes = 2 * kTile * params.single * element;
+  const int channels = layout.block_channels, rank = static_cast<int>(problem.rank);
+  const bool is_default = runs_default(problem, layout);
+  const int spaced = is_default ? kDefaultChannels : channels;
+  params.single = single_of(spaced);
+  params.twin = twin_of(spaced);
   SharedBytes shared;
   params.walk_at = shared.reserve(sizeof(Walk));
-  params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
-  params.decoded_rows_at = element == 2 ? shared.reserve(kTile * layout.pitch * 4) : 0;
-  params.x_at = shared.reserve(raw_bytes);
-  params.dy_at = shared.reserve(raw_bytes);
-  params.decoded_at = element == 2 ? shared.reserve(2 * kTile * params.single * 4) : 0;
-  params.delta_at = problem.rank == 0 ? shared.reserve(raw_bytes) : 0;
-  params.token_at = shared.reserve(kTile * params.twin * 4);
-  params.slope_at = shared.reserve(kTile * params.single * 4);
-  params.sums_at = shared.reserve(kTile * params.twin * 4);
-  params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * channels * 4);
-  params.dweight_at = shared.reserve(static_cast<int>(problem.rank) * layout.threads * layout.channels_per_thread * 4);
+  params.channels_at = shared.reserve(staged_rows(rank) * channels * 4);
+  SharedBytes wide = shared;
+  params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
+  params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
+  if (!is_default && layout.states_per_thread > 1) params.steps_at = shared.reserve(kTile * params.single * 4);
+  params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
+  if (layout.states_per_thread > 1)
+    params.scratch_at = shared.reserve(layout.threads / 32 * kBatch * (32 * layout.states_per_thread + kBatchPad) * 4);
+  shared.count = std::max(shared.count, wide.count);
   params.history_at = shared.reserve(
       std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
-  params.copy_lanes = layout.threads / kTile;
+  params.by_quads = FastDiv(static_cast<uint32_t>(2 * layout.padded_states + ceil_div(rank, 4) * 4) / 4);
   layout.shared_bytes = static_cast<size_t>(shared.count);
 }
 
@@ -817,6 +1170,7 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   params.saved_states = static_cast<const float*>(gradients.states);
   params.x_per_path = gradients.x_per_path;
   params.shared_source = shares_source(problem);
+  params.paired = problem.states % 2 == 0 && problem.rank % 2 == 0;
   params.dx = gradients.dx;
   params.dx_sum = is_float ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;
   params.dproj = gradients.dproj;

@@ -108,14 +108,6 @@ __device__ inline float softplus(float raw, float e) {
 }
 __device__ inline float softplus(float raw) { return softplus(raw, exp2_fast(-fabsf(raw) * kLog2e)); }
 
-struct Step {
-  float value, slope;  // softplus(raw) and its derivative
-};
-__device__ inline Step softplus_step(float raw) {
-  const float e = exp2_fast(-fabsf(raw) * kLog2e), inverse = __fdividef(1.f, 1.f + e);
-  return {softplus(raw, e), raw >= 0.f ? inverse : e * inverse};
-}
-
 // Zero-order hold: bbar = (e^z - 1) / A with z = step * A, by its Taylor series where the difference would cancel.
 __device__ inline float zoh_weight(float step, float z, float decay, float a) {
   float p = 1.f / 40320.f;
