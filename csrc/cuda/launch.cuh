@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "ss2d_common.cuh"
 
@@ -58,21 +61,26 @@ struct Plan {
   }
 };
 
-// Blocks of this kernel that the current device holds at once.
+// Blocks of this kernel that the current device holds at once. Asked once: the answer costs microseconds.
 inline int resident_blocks(const void* kernel, const Layout& layout) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, size_t>, int> known;
   int device = 0, multiprocessors = 0, per_multiprocessor = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{device, kernel, layout.threads, layout.shared_bytes}];
+  if (blocks > 0) return blocks;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  if (layout.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(layout.shared_bytes)),
-          "cudaFuncSetAttribute");
+  // All that a block may have, whatever this layout needs: another layout of the same kernel may need more or less.
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, layout.threads, layout.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   if (per_multiprocessor < 1)
     throw std::runtime_error("ss2d: a block needs " + std::to_string(layout.shared_bytes) +
                              " bytes of shared memory, more than this device has");
-  return multiprocessors * per_multiprocessor;
+  return blocks = multiprocessors * per_multiprocessor;
 }
 
 // Cuts the axis so that `sequences` fill the device, which holds `resident` tasks (one chunk of one sequence) at once.

@@ -24,9 +24,8 @@ namespace {
 
 constexpr int kWarps = 2;
 constexpr int kMinBlocks = 6;  // a multiprocessor holds: at most 168 registers a thread
-// Tokens staged at a time, dividing kCheckpoint so that tiles never straddle a piece. Larger tiles cost shared memory
-// and save the work that a tile takes; threads alone with their channels have small rows, and so room for them.
-constexpr int tile_of(bool alone) { return alone ? 16 : 8; }
+constexpr int kTile = 8;       // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile: fewer would copy less of a row at once
 // The greatest rank with which a thread can be alone: its weights are kept in registers.
 __host__ __device__ constexpr int held_rank(int states) { return states == 1 ? 8 : 4; }
 
@@ -45,46 +44,17 @@ struct ForwardParams : Params {
   int bases_at, offsets_at, rows_at, decoded_at, x_at, delta_at, steps_at, channels_at, warp_bytes;
 };
 
-// Adds v, CH neighbouring channels, to what is at `to`; or stores it there; or neither. One block of code without
-// branches, and memory is not clobbered: barriers order these statements, and between barriers the next token's loads
-// may pass them.
+// Adds v, CH neighbouring channels, to what is at `to`, aligned; or stores it there. Memory is not clobbered: barriers
+// order these statements, and between barriers the next token's loads may pass them.
 template <int CH>
-__device__ inline void merge_whole(float* to, bool store, bool add, const float (&v)[CH]) {
+__device__ inline void merge(float* to, bool store, const float (&v)[CH]) {
   static_assert(CH <= 2, "one store");
-  if constexpr (CH == 2) {
-    asm volatile(
-        "{\n"
-        ".reg .pred store, add;\n"
-        "setp.ne.s32 store, %3, 0;\n"
-        "setp.ne.s32 add, %4, 0;\n"
-        "@store st.global.v2.f32 [%0], {%1, %2};\n"
-#if __CUDA_ARCH__ >= 900
-        "@add red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};\n"
-#else
-        "@add red.relaxed.gpu.global.add.f32 [%0], %1;\n"
-        "@add red.relaxed.gpu.global.add.f32 [%0+4], %2;\n"
-#endif
-        "}" ::"l"(to),
-        "f"(v[0]), "f"(v[1]), "r"(int{store}), "r"(int{add}));
+  if (!store) {
+    add_at<CH>(to, v);
+  } else if constexpr (CH == 2) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
   } else {
-    asm volatile(
-        "{\n"
-        ".reg .pred store, add;\n"
-        "setp.ne.s32 store, %2, 0;\n"
-        "setp.ne.s32 add, %3, 0;\n"
-        "@store st.global.f32 [%0], %1;\n"
-        "@add red.relaxed.gpu.global.add.f32 [%0], %1;\n"
-        "}" ::"l"(to),
-        "f"(v[0]), "r"(int{store}), "r"(int{add}));
-  }
-}
-// Likewise for the first `exist` of the channels, aligned or not.
-template <int CH>
-__device__ inline void merge_part(float* to, int exist, bool store, const float (&v)[CH]) {
-#pragma unroll
-  for (int c = 0; c < CH; ++c) {
-    const float one[1] = {v[c]};
-    if (c < exist) merge_whole<1>(to + c, store, !store, one);
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v[0]));
   }
 }
 
@@ -103,7 +73,7 @@ __device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, c
                                      const StepWeights<CH>& weights, const float* channels, const char* raw_delta,
                                      float* steps) {
 #pragma unroll 1
-  for (int t = seat.lane; t < tile_of(false); t += p.state_lanes) {
+  for (int t = seat.lane; t < kTile; t += p.state_lanes) {
     float raw[CH];
     if (p.rank > 0) {
       token_raw(p, rows + t * p.pitch, weights, channels, raw);
@@ -140,7 +110,7 @@ __device__ inline void decode_staged(const char* from, float* to, int count, DTy
 template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kAlone, bool kOutput>
 __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
                      const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
-  constexpr int kQuad = NS < 4 ? NS : 4, kTile = tile_of(kAlone), kTokenLanes = 32 / kTile;
+  constexpr int kQuad = NS < 4 ? NS : 4;
   const int tiles = (to - from + kTile - 1) / kTile;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   auto first_token = [&](int tile) { return from + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
@@ -210,7 +180,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
     const float* x_row = x_rows + first * p.block_channels + seat.c;
     const int64_t* offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer + first;
     if constexpr (!kAlone) steps += first * p.block_channels;
-#pragma unroll 2
+#pragma unroll 4
     for (int i = 0; i < count; ++i) {
       float x[CH], step[CH], input[CH];
       read_floats<CH>(x_row, x);
@@ -264,10 +234,14 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
         }
         float* const to = bases.sum + *offset + seat.c;
         const int exist = p.channels - track.first_d - seat.c;
-        if constexpr (kAlone) {
-          merge_whole<CH>(to, exist > 0 && visits_first, exist > 0 && !visits_first, y);
+        if (kAlone || p.channels % CH == 0) {
+          if (exist > 0 && (kAlone || seat.lane == 0)) merge<CH>(to, visits_first, y);
         } else if (seat.lane == 0) {
-          merge_part<CH>(to, exist, visits_first, y);
+#pragma unroll
+          for (int c = 0; c < CH; ++c) {
+            const float one[1] = {y[c]};
+            if (c < exist) merge<1>(to + c, visits_first, one);
+          }
         }
         offset += track.reversed ? -1 : 1;
       }
@@ -282,7 +256,6 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     ss2d_forward_kernel(const __grid_constant__ ForwardParams p) {
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
-  constexpr int kTile = tile_of(kAlone), kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile
   const int warp = threadIdx.x / 32, in_warp = threadIdx.x % 32;
   const Seat seat = {in_warp & (p.state_lanes - 1), (in_warp >> p.lane_shift) * CH, in_warp % kTokenLanes,
                      in_warp / kTokenLanes, reinterpret_cast<char*>(shared_base) + warp * p.warp_bytes};
@@ -399,7 +372,9 @@ ForwardKernel alone_kernel(const Share& share) {
 template <bool kSharedDecay, bool kZoh>
 ForwardKernel shared_kernel(const Share& share) {
   if (share.channels != 2) return nullptr;
-  if (share.states == 16) return ss2d_forward_kernel<16, 2, kSharedDecay, kZoh, false>;
+  if constexpr (!kZoh) {
+    if (share.states == 16) return ss2d_forward_kernel<16, 2, kSharedDecay, kZoh, false>;
+  }
   if (share.states == 4) return ss2d_forward_kernel<4, 2, kSharedDecay, kZoh, false>;
   if constexpr (!kSharedDecay && !kZoh) {
     if (share.states == 1) return ss2d_forward_kernel<1, 2, kSharedDecay, kZoh, false>;
@@ -445,15 +420,15 @@ Layout layout_of(const SS2DProblem& problem) {
 
 // Shared memory of a warp.
 void lay_out(const SS2DProblem& problem, const Layout& layout, bool alone, ForwardParams& params) {
-  const int element = problem.dtype == DType::f32 ? 4 : 2, tile = tile_of(alone);
+  const int element = problem.dtype == DType::f32 ? 4 : 2;
   SharedBytes shared;
   params.bases_at = shared.reserve(sizeof(ForwardBases));
-  params.offsets_at = shared.reserve(2 * tile * 8);
-  params.rows_at = shared.reserve(2 * tile * layout.pitch * element);
-  params.decoded_at = element == 2 ? shared.reserve(tile * (layout.pitch + layout.block_channels) * 4) : 0;
-  params.x_at = shared.reserve(2 * tile * layout.block_channels * element);
-  params.delta_at = problem.rank == 0 ? shared.reserve(2 * tile * layout.block_channels * element) : 0;
-  params.steps_at = alone ? 0 : shared.reserve(tile * layout.block_channels * 4);
+  params.offsets_at = shared.reserve(2 * kTile * 8);
+  params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
+  params.decoded_at = element == 2 ? shared.reserve(kTile * (layout.pitch + layout.block_channels) * 4) : 0;
+  params.x_at = shared.reserve(2 * kTile * layout.block_channels * element);
+  params.delta_at = problem.rank == 0 ? shared.reserve(2 * kTile * layout.block_channels * element) : 0;
+  params.steps_at = alone ? 0 : shared.reserve(kTile * layout.block_channels * 4);
   params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * layout.block_channels * 4);
   params.warp_bytes = shared.count;
 }
@@ -478,7 +453,7 @@ Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
       for (size_t i = pairs; i < paths.size(); ++i) params.round[params.rounds++] = {{paths[i], -1}};
   }
   Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups,
-                         int64_t{resident} * tasks_per_block, 2 * tile_of(alone));
+                         int64_t{resident} * tasks_per_block, 2 * kTile);
   plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, ceil_div(plan.tasks, tasks_per_block)));
   if (problem.dtype != DType::f32)
     plan.sum_at = plan.reserve(problem.modalities * problem.batch * problem.tokens() * problem.channels);
