@@ -12,7 +12,7 @@ WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 BRIGHTNESS = 10.0  # steepness of the choice by intensity: a lead of a tenth of the range decides it to 73 %
 ACTIVITY_POWER = 8.0  # of the choice by gradients: a lead of a third decides it to 90 %
-ACTIVITY_FLOOR = 0.01  # below it gradients are noise
+ACTIVITY_FLOOR = 0.05  # below it gradients are noise: an eightieth of the largest Sobel magnitude
 KNEE = 0.08  # intensities this near to 0 or 1 are compressed, not clipped
 
 

@@ -93,7 +93,7 @@ def test_salient_target_is_its_formula():
     for index in range(2):
         a, b = (image[index, 0].double().numpy() for image in (ir, vi))
         edges = [[ndimage.sobel(x, axis, mode="nearest") for axis in (1, 0)] for x in (a, b)]
-        activity = [ndimage.gaussian_filter(np.abs(e).sum(0), 2.0, mode="nearest", truncate=3.0) + 0.01 for e in edges]
+        activity = [ndimage.gaussian_filter(np.abs(e).sum(0), 2.0, mode="nearest", truncate=3.0) + 0.05 for e in edges]
         weight = activity[0] ** 8 / (activity[0] ** 8 + activity[1] ** 8)
         expected = 1.4 * (weight * np.array(edges[0]) + (1 - weight) * np.array(edges[1]))
         np.testing.assert_allclose(gradient[index], expected, atol=1e-4)
