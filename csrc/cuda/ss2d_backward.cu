@@ -70,13 +70,16 @@ struct BackwardParams : Params {
 constexpr int single_of(int channels) { return channels + 8; }
 constexpr int twin_of(int channels) { return 2 * channels + 8; }
 constexpr int kDefaultLanes = 4, kDefaultStates = 4, kDefaultChannels = kMaxThreads / kDefaultLanes * 2;
+// Layouts with several lanes a channel, of kDefaultStates states each, where a lane keeps the sums of its tokens of a
+// batch in registers.
+constexpr bool owns_tokens(int lanes) { return lanes > 1 && lanes <= kBatch; }
 template <int kLanes>
 struct Spacing {
   int single, twin, bc;  // bc: of the rows of B and C
   __device__ explicit Spacing(const BackwardParams& p)
       : single(kLanes == kDefaultLanes ? single_of(kDefaultChannels) : p.single),
         twin(kLanes == kDefaultLanes ? twin_of(kDefaultChannels) : p.twin),
-        bc(kLanes == kDefaultLanes ? 2 * kDefaultLanes * kDefaultStates : 2 * p.padded_states) {}
+        bc(owns_tokens(kLanes) ? 2 * kLanes * kDefaultStates : 2 * p.padded_states) {}
   // Slot t of a tile where its address shall not be hoisted out of a loop into registers.
   __device__ static int slot(int t) { return kLanes == kDefaultLanes ? t : opaque(t); }
 };
@@ -450,21 +453,39 @@ template <int NS, int kLanes>
 __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, int lane_id, float* to) {
   static_assert(NS % 4 == 0, "pairs of states");
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, states = NS * lanes;
-  const int pair_shift = (kLanes == kDefaultLanes ? 2 : p.lane_shift) + (NS == 8 ? 2 : 1);
   __syncwarp();
-#pragma unroll 1
-  for (int i = lane_id; i < kBatch * states / 2; i += 32) {
-    const int t = i >> pair_shift, pair = i - (t << pair_shift);
-    const float* from = scratch + t * (32 * NS + kBatchPad) + pair * 2;
+  if constexpr (owns_tokens(kLanes)) {  // a pair for each lane of the warp, or every kParts-th of a pair's terms
+    constexpr int kParts = kBatch / kLanes, kPairs = NS * kLanes / 2;
+    const int t = lane_id / (kParts * kPairs), part = lane_id / kPairs % kParts, pair = lane_id % kPairs;
+    const float* from = scratch + t * (32 * NS + kBatchPad) + part * NS * kLanes + pair * 2;
     float2 sum = *reinterpret_cast<const float2*>(from);
-#pragma unroll(kLanes > 0 ? 32 / kLanes : 1)
-    for (int group = 1; group < 32 / lanes; ++group) {
-      const float2 v = *reinterpret_cast<const float2*>(from + group * states);
+#pragma unroll
+    for (int i = kParts; i < 32 / kLanes; i += kParts) {
+      const float2 v = *reinterpret_cast<const float2*>(from + i * NS * kLanes);
       sum.x += v.x;
       sum.y += v.y;
     }
-    *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
-    if constexpr (kLanes == kDefaultLanes) break;  // a pair for each lane of the warp
+#pragma unroll
+    for (int off = 1; off < kParts; off *= 2) {
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, off * kPairs);
+      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, off * kPairs);
+    }
+    if (part == 0) *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
+  } else {
+    const int pair_shift = p.lane_shift + (NS == 8 ? 2 : 1);
+#pragma unroll 1
+    for (int i = lane_id; i < kBatch * states / 2; i += 32) {
+      const int t = i >> pair_shift, pair = i - (t << pair_shift);
+      const float* from = scratch + t * (32 * NS + kBatchPad) + pair * 2;
+      float2 sum = *reinterpret_cast<const float2*>(from);
+#pragma unroll 1
+      for (int group = 1; group < 32 / lanes; ++group) {
+        const float2 v = *reinterpret_cast<const float2*>(from + group * states);
+        sum.x += v.x;
+        sum.y += v.y;
+      }
+      *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
+    }
   }
   __syncwarp();
 }
@@ -562,7 +583,23 @@ __device__ inline void write_dproj(const BackwardParams& p, const Place& place, 
   }
 }
 
-// dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx.
+// What the paths before left in dx_sum, where this one writes dx in a 16-bit type; else zeros.
+template <int CH>
+__device__ inline void read_dx(const BackwardParams& p, int64_t from, int exist, float (&dx)[CH]) {
+  if (CH == 2 && p.channels % 2 == 0) {  // both channels or none
+    if (exist < CH) return;
+    const float2 pair = __ldcg(reinterpret_cast<const float2*>(p.dx_sum + from));
+    dx[0] = pair.x;
+    dx[CH - 1] = pair.y;
+  } else {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+      if (c < exist) dx[c] = __ldcg(p.dx_sum + from + c);
+  }
+}
+
+// dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx. Where it leaves in a
+// 16-bit type it comes with what read_dx found.
 template <int CH>
 __device__ inline void write_dx(const BackwardParams& p, const Contribution& part, int64_t to, int exist,
                                 const float (&dx)[CH]) {
@@ -570,13 +607,7 @@ __device__ inline void write_dx(const BackwardParams& p, const Contribution& par
     if (p.channels % 2 == 0) {  // both channels or none
       if (exist < CH) return;
       if (p.half && part.last_dx) {
-        float2 sum = make_float2(dx[0], dx[1]);
-        if (!part.first_dx) {
-          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dx_sum + to));
-          sum.x = before.x + sum.x;
-          sum.y = before.y + sum.y;
-        }
-        store_pair(p.dx, to, sum, p);
+        store_pair(p.dx, to, make_float2(dx[0], dx[1]), p);
       } else if (part.first_dx) {
         write_floats<CH>(p.dx_sum + to, dx);
       } else {
@@ -590,7 +621,7 @@ __device__ inline void write_dx(const BackwardParams& p, const Contribution& par
     if (c >= exist) break;
     const float one[1] = {c == 0 ? dx[0] : dx[CH - 1]};
     if (p.half && part.last_dx) {
-      store_as(p.dx, to + c, part.first_dx ? one[0] : __ldcg(p.dx_sum + to + c) + one[0], p);
+      store_as(p.dx, to + c, one[0], p);
     } else if (part.first_dx) {
       p.dx_sum[to + c] = one[0];
     } else {
@@ -624,11 +655,14 @@ __device__ inline void finish_sums(const BackwardParams& p, const float (&step)[
   }
 }
 
+// Tokens of a tile whose sums a lane keeps.
+constexpr int own_tokens(int lanes) { return owns_tokens(lanes) ? kTile / lanes : 1; }
+
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ inline void finish_tokens(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                     const Contribution& part, const float (&own)[kTile / kBatch][2 * CH],
+                                     const Contribution& part, const float (&own)[own_tokens(kLanes)][2 * CH],
                                      ParameterGradients<NS, CH, kSharedDecay>& grads) {
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
@@ -636,18 +670,26 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
   const int first = opaque(place.lane);
-  float draw[kShare][CH] = {}, skip[CH];
+  const int exist = p.channels - walk.track.first_d - place.c;
+  float draw[kShare][CH] = {}, dx[kShare][CH] = {}, skip[CH];
+  if (p.half && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int t = first + i * lanes, pixel = kLanes == 0 && t >= kTile ? -1 : tile.pixels[t];
+      if (pixel >= 0) read_dx<CH>(p, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx[i]);
+    }
+  }
   read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
     if (kLanes == 0 && t >= kTile) break;
     const int at = t * spacing.single;
-    float sum[2 * CH], x[CH], dy[CH], dx[CH];
+    float sum[2 * CH], x[CH], dy[CH];
     const float* const token = tile.tokens + t * spacing.twin + place.c * 2;
     read_floats<CH>(tile.x + at + place.c, x);
     read_floats<CH>(tile.dy + at + place.c, dy);
-    if constexpr (kLanes == kDefaultLanes) {
+    if constexpr (owns_tokens(kLanes)) {
 #pragma unroll
       for (int v = 0; v < 2 * CH; ++v) sum[v] = own[i][v];
     } else {
@@ -655,19 +697,19 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     }
     if constexpr (kLanes != 1) {
       float step[CH];
-      read_floats<CH>(kLanes == kDefaultLanes ? token : steps + at, step);
+      read_floats<CH>(owns_tokens(kLanes) ? token : steps + at, step);
       finish_sums<CH, kZoh>(p, step, x, sum);
     }
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       draw[i][c] = sum[c];
-      dx[c] = fmaf(skip[c], dy[c], sum[CH + c]);
+      dx[i][c] += fmaf(skip[c], dy[c], sum[CH + c]);
       grads.bias[c] += draw[i][c];
       grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
     }
-    const int pixel = tile.pixels[t], exist = p.channels - walk.track.first_d - place.c;
+    const int pixel = tile.pixels[t];
     if (pixel >= 0) {
-      write_dx<CH>(p, part, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx);
+      write_dx<CH>(p, part, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx[i]);
       if (p.ddelta != nullptr) {
         const int64_t to = at_pixel(walk.ddelta + place.c, pixel, walk.ddelta_pixel);
 #pragma unroll
@@ -741,9 +783,10 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Tra
     }
   };
   // The sums over a channel's lanes, of the token of a batch that is this lane's.
-  constexpr bool kOwned = kLanes == kDefaultLanes;
+  constexpr bool kOwned = owns_tokens(kLanes);
   constexpr int kSumPitch = 32 * 2 * CH + 4;  // the lanes of a channel read different tokens, from different banks
-  static_assert(!kOwned || (kLanes == kBatch && kSumPitch <= kBatchPitch), "a token for each lane, in the same memory");
+  static_assert(!kOwned || (kBatch % kLanes == 0 && kSumPitch <= kBatchPitch),
+                "as many for each lane, in the same memory");
   auto own_sums = [&](const float* from, float (&sum)[2 * CH]) {
     read_floats<2 * CH>(from, sum);
 #pragma unroll
@@ -817,7 +860,7 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Tra
           }
       }
       float state[kTile][CH][NS];  // before each token
-      float batch_sums[kBatch][2 * CH], own[kTile / kBatch][2 * CH];
+      float batch_sums[kBatch][2 * CH], own[own_tokens(kLanes)][2 * CH];
       float single_db[NS == 1 ? kTile : 1], single_dc[NS == 1 ? kTile : 1];
 #pragma unroll
       for (int j = 0; j < kTile; ++j) {
@@ -906,7 +949,10 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Tra
             for (int i = 0; i < kBatch; ++i)
               write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
             __syncwarp();
-            own_sums(scratch + place.lane * kSumPitch + (lane_id - place.lane) * 2 * CH, own[j / kBatch]);
+#pragma unroll
+            for (int i = 0; i < kBatch; i += kLanes)
+              own_sums(scratch + (place.lane + i) * kSumPitch + (lane_id - place.lane) * 2 * CH,
+                       own[(j - j % kBatch + i) / kLanes]);
             __syncwarp();
           }
           continue;
@@ -1034,10 +1080,12 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
 
 using BackwardKernel = void (*)(BackwardParams);
 
-// Whether the kernel is one made for the default layout.
-bool runs_default(const SS2DProblem& problem, const Layout& layout) {
-  return layout.states_per_thread == kDefaultStates && layout.state_lanes == kDefaultLanes &&
-         problem.discretization == Discretization::euler;
+// kLanes of the kernel.
+int known_lanes(const SS2DProblem& problem, const Layout& layout) {
+  if (problem.discretization != Discretization::euler) return 0;
+  if (layout.states_per_thread == 1) return 1;
+  const bool known = layout.states_per_thread == kDefaultStates && owns_tokens(layout.state_lanes);
+  return known ? layout.state_lanes : 0;
 }
 
 // Eight states of one channel only where 32 lanes of four do not suffice.
@@ -1047,6 +1095,8 @@ BackwardKernel kernel_with(const Layout& layout) {
   if constexpr (!kZoh) {
     if (layout.states_per_thread == 4 && layout.state_lanes == 4)
       return ss2d_backward_kernel<4, 2, 4, kSharedDecay, kZoh>;
+    if (layout.states_per_thread == 4 && layout.state_lanes == 2)
+      return ss2d_backward_kernel<4, 2, 2, kSharedDecay, kZoh>;
   }
   if constexpr (!kZoh && !kSharedDecay) {
     if (layout.states_per_thread == 1) return ss2d_backward_kernel<1, 2, 1, kSharedDecay, kZoh>;
@@ -1100,8 +1150,8 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
   const int channels = layout.block_channels, rank = static_cast<int>(problem.rank);
-  const bool is_default = runs_default(problem, layout);
-  const int spaced = is_default ? kDefaultChannels : channels;
+  const int lanes = known_lanes(problem, layout);
+  const int spaced = lanes == kDefaultLanes ? kDefaultChannels : channels;
   params.single = single_of(spaced);
   params.twin = twin_of(spaced);
   SharedBytes shared;
@@ -1110,7 +1160,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
-  if (!is_default && layout.states_per_thread > 1) params.steps_at = shared.reserve(kTile * params.single * 4);
+  if (lanes == 0) params.steps_at = shared.reserve(kTile * params.single * 4);
   params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
