@@ -92,6 +92,9 @@ __device__ inline const Stage& stage_of(const BackwardParams& p) {
   return kReads == Reads::c_dy ? p.wide : p.narrow;
 }
 
+// Rows of what is staged of the channels: an even number of dt_weight.
+__host__ __device__ inline int channel_rows(int rank) { return kWeightRows + rank + rank % 2; }
+
 // Where a thread stands: lane of the channel, first channel within the block of channels; and the block's memory.
 struct Place {
   int lane, c;
@@ -99,13 +102,15 @@ struct Place {
 };
 
 // One of the things that are copied of every token: contiguous bytes in memory and in shared memory.
-struct Run {
+struct alignas(16) Run {
   const char* from;  // at pixel 0
   int pixel;         // bytes from pixel to pixel
   int bytes, granule;
   int to, token_pitch, buffer_pitch;  // in shared memory
 };
-constexpr int kRuns = 5;  // in this order: x, dy, B, C, and the low-rank part or delta
+// In the order of a walk's runs, so that those a tile needs follow one another. kRows: B and C where they are copied as
+// one, else B.
+enum RunOf { kB, kX, kLow, kDy, kRows, kC, kRuns };  // kLow: the low-rank part or delta
 
 // What a walk of one block along one path keeps at hand, in shared memory.
 struct Walk {
@@ -127,22 +132,23 @@ struct Walk {
     const int channels = min(p.block_channels, p.channels - t.first_d) * element, single = p.single * element;
     const int row_buffer = p.half ? 0 : tile * p.pitch * element, buffer = p.half ? 0 : tile * single;
     const char* const dy = p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * element;
-    runs[0] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, buffer};
-    runs[1] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, buffer};
-    runs[2] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
-    runs[3] = runs[2];
-    runs[3].from += states;
-    runs[3].to += padded;
+    runs[kX] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, buffer};
+    runs[kDy] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, buffer};
+    runs[kB] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
+    runs[kRows] = runs[kC] = runs[kB];
+    if (states == padded) runs[kRows].bytes *= 2;
+    runs[kC].from += states;
+    runs[kC].to += padded;
     if (p.rank > 0) {
-      runs[4] = {bases.low,
-                 p.proj.pixel,
-                 p.rank * element,
-                 p.proj.granule,
-                 stage.rows_at + tile * 2 * padded,
-                 p.low_pitch() * element,
-                 row_buffer};
+      runs[kLow] = {bases.low,
+                    p.proj.pixel,
+                    p.rank * element,
+                    p.proj.granule,
+                    stage.rows_at + tile * 2 * padded,
+                    p.low_pitch() * element,
+                    row_buffer};
     } else {
-      runs[4] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, buffer};
+      runs[kLow] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, buffer};
     }
     const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
     const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
@@ -156,7 +162,8 @@ template <Reads kReads>
 __device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& place, const Track& track, int end) {
   Walk* const walk = reinterpret_cast<Walk*>(place.shared + p.walk_at);
   __syncthreads();  // nobody reads what the walk before needed
-  stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x);
+  stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x,
+                 channel_rows(p.rank));
   if (threadIdx.x == 0) *walk = Walk(p, track, end, stage_of<kReads>(p), tile_of(kReads));
   __syncthreads();
   return *walk;
@@ -182,8 +189,8 @@ __device__ inline void issue_tile(const BackwardParams& p, const Place& place, c
     reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + token] =
         q < walk.end ? pixel : -1;
 #pragma unroll 1
-  for (int i = warp; i < (kReads == Reads::all ? kRuns : 3); i += blockDim.x / 32) {
-    const Run run = walk.runs[kReads == Reads::all ? i : kReads == Reads::b_x ? 2 * i : min(2 * i + 1, kRuns - 1)];
+  for (int i = warp; i < (kReads != Reads::all ? 3 : p.padded_states == p.states ? 4 : 5); i += blockDim.x / 32) {
+    const Run run = walk.runs[kReads == Reads::b_x ? kB + i : kReads == Reads::all ? kX + i : i < 2 ? kLow + i : kC];
     const char* const from = run.from + int64_t{pixel} * run.pixel;
     char* const to = place.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -233,9 +240,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
   float* const xs = const_cast<float*>(tile.x) + first * spacing.single + place.c;
   float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
-  const int low_bytes = p.low_pitch() * (kHalf ? 2 : 4);
-  const char* const low = place.shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * 4) +
-                          kTokens * 2 * p.padded_states * (kHalf ? 2 : 4) + first * low_bytes;
+  const float* const low = tile.low + first * p.low_pitch();
   float bias[CH];
   read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
   // Tokens side by side: the weights are read once for them, and they hide each other's latency.
@@ -258,7 +263,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
 #pragma unroll
         for (int s = 0; s < kSide; ++s) {
           float pair[2];
-          read_activation<2, kHalf>(p, low + (i + s) * lanes * low_bytes, r, pair);
+          read_floats<2>(low + (i + s) * lanes * p.low_pitch() + r, pair);
 #pragma unroll
           for (int c = 0; c < CH; ++c) step[s][c] = fmaf(pair[1], w[1][c], fmaf(pair[0], w[0][c], step[s][c]));
         }
@@ -335,8 +340,15 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
   __syncthreads();  // the tile is there; nobody needs the one before
   if (p.half) {
     float* const rows = floats(stage.decoded_rows_at);
-    for (int i = threadIdx.x * 4; i < kTokens * p.pitch; i += blockDim.x * 4)
-      *reinterpret_cast<float4*>(rows + i) = decode_quad(shared + stage.rows_at + i * 2, p.dtype);
+    auto decode_rows = [&](int from, int to, int thread, int threads) {
+#pragma unroll 1
+      for (int i = from + thread * 4; i < to; i += threads * 4)
+        *reinterpret_cast<float4*>(rows + i) = decode_quad(shared + stage.rows_at + i * 2, p.dtype);
+    };
+    // Every warp decodes the low-rank part, to the same values: it needs them before the block's next barrier.
+    decode_rows(kTokens * 2 * p.padded_states, kTokens * p.pitch, threadIdx.x % 32, 32);
+    decode_rows(0, kTokens * 2 * p.padded_states, threadIdx.x, blockDim.x);
+    __syncwarp();
     tile.rows = rows;
     tile.x = floats(stage.decoded_x_at);
     tile.dy = floats(stage.decoded_dy_at);
@@ -1123,6 +1135,7 @@ Layout layout_of(const SS2DProblem& problem) {
   layout.block_channels = layout.threads / layout.state_lanes * layout.channels_per_thread;
   layout.groups = static_cast<int>(ceil_div(problem.channels, layout.block_channels));
   layout.finish(problem);
+  layout.pitch = 2 * layout.padded_states + static_cast<int>(ceil_div(problem.rank, 4) * 4);  // no more than it needs
   return layout;
 }
 
@@ -1156,7 +1169,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   params.twin = twin_of(spaced);
   SharedBytes shared;
   params.walk_at = shared.reserve(sizeof(Walk));
-  params.channels_at = shared.reserve(staged_rows(rank) * channels * 4);
+  params.channels_at = shared.reserve(channel_rows(rank) * channels * 4);
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
