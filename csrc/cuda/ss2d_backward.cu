@@ -112,18 +112,30 @@ struct alignas(16) Run {
 // one, else B.
 enum RunOf { kB, kX, kLow, kDy, kRows, kC, kRuns };  // kLow: the low-rank part or delta
 
+// Which of the contributions to a row of dproj this walk is.
+struct Contribution {
+  bool first_low, last_low;  // to the low-rank part: one per block of channels
+  bool first_bc, last_bc;    // to B and C: as many, times the modalities that read them
+  bool zero_own_bc;          // nobody reads this modality's B and C
+  bool first_dx, last_dx;    // to dx: one per path
+};
+
 // What a walk of one block along one path keeps at hand, in shared memory.
 struct Walk {
-  Track track;
   Run runs[kRuns];
-  int end;  // of the chunk
+  Track track;
+  int chunk, end;  // end: of the chunk
+  Contribution part;
   // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
   // part and that of the B and C it reads; and from pixel to pixel.
   int64_t dx, ddelta, own_row, bc_row;
   int dx_pixel, ddelta_pixel, row_pixel;
-  __device__ Walk(const BackwardParams& p, const Track& t, int end, const Stage& stage, int tile)
+  __device__ Walk(const BackwardParams& p, const Track& t, int chunk, const Contribution& part, const Stage& stage,
+                  int tile)
       : track(t),
-        end(end),
+        chunk(chunk),
+        end(min((chunk + 1) * p.chunk, p.tokens)),
+        part(part),
         dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
         ddelta_pixel(p.paths * p.channels),
         row_pixel(p.paths * p.row()) {
@@ -159,12 +171,13 @@ struct Walk {
   }
 };
 template <Reads kReads>
-__device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& place, const Track& track, int end) {
+__device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& place, const Track& track, int chunk,
+                                         const Contribution& part) {
   Walk* const walk = reinterpret_cast<Walk*>(place.shared + p.walk_at);
   __syncthreads();  // nobody reads what the walk before needed
   stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x,
                  channel_rows(p.rank));
-  if (threadIdx.x == 0) *walk = Walk(p, track, end, stage_of<kReads>(p), tile_of(kReads));
+  if (threadIdx.x == 0) *walk = Walk(p, track, chunk, part, stage_of<kReads>(p), tile_of(kReads));
   __syncthreads();
   return *walk;
 }
@@ -391,13 +404,13 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 
 // Phase 1: the gradient that a chunk hands to the chunk scanned before it, from a zero start, and its sum of steps.
 template <int NS, int CH, int kLanes, bool kSharedDecay>
-__device__ void summarize_chunk(const BackwardParams& p, const Place& place, const Track& track, int begin, int end,
+__device__ void summarize_chunk(const BackwardParams& p, const Place& place, const Track& track, int chunk,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
-  const Walk& walk = begin_walk<Reads::c_dy>(p, place, track, end);
+  const Walk& walk = begin_walk<Reads::c_dy>(p, place, track, chunk, Contribution{});
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
   const Spacing<kLanes> spacing(p);
-  const int tiles = (end - begin + kWideTile - 1) / kWideTile;
+  const int begin = chunk * p.chunk, tiles = (walk.end - begin + kWideTile - 1) / kWideTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
   issue_tile<Reads::c_dy>(p, place, walk, first_token(0), 0);
 #pragma unroll 1
@@ -438,11 +451,13 @@ __device__ inline int sum_over_lanes(float (&v)[NV], int first, int last, int la
   }
   int off = first;
 #pragma unroll
-  for (int count = NV / 2; count >= 1; count /= 2) {
-    if (off < last) {
+  for (int level = 1; level <= 5; ++level) {
+    const int count = NV >> level;
+    if (count > 0 && off < last) {
       const bool upper = lane_id & off;
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < NV / 2; ++i) {
+        if (i >= count) break;
         const float sent = upper ? v[i] : v[i + count], kept = upper ? v[i + count] : v[i];
         v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, off);
       }
@@ -509,14 +524,6 @@ struct ParameterGradients {
   float bias[CH], skip[CH];
 };
 
-// Which of the contributions to a row of dproj this walk is.
-struct Contribution {
-  bool first_low, last_low;  // to the low-rank part: one per block of channels
-  bool first_bc, last_bc;    // to B and C: as many, times the modalities that read them
-  bool zero_own_bc;          // nobody reads this modality's B and C
-  bool first_dx, last_dx;    // to dx: one per path
-};
-
 // Two neighbouring elements of an output of type dtype, at an even element.
 __device__ inline void store_pair(void* to, int64_t i, float2 v, const BackwardParams& p) {
   if (p.half) {
@@ -533,8 +540,8 @@ __device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
 }
 
 // After a tile: the warps' sums become rows of dproj, four columns a thread. Between two barriers.
-__device__ inline void write_dproj(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                   const Contribution& part) {
+__device__ inline void write_dproj(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile) {
+  const Contribution part = walk.part;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int quads = static_cast<int>(p.by_quads.divisor);
 #pragma unroll 1
@@ -674,8 +681,9 @@ constexpr int own_tokens(int lanes) { return owns_tokens(lanes) ? kTile / lanes 
 // the sums over tokens of the parameter gradients.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ inline void finish_tokens(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                     const Contribution& part, const float (&own)[own_tokens(kLanes)][2 * CH],
+                                     const float (&own)[own_tokens(kLanes)][2 * CH],
                                      ParameterGradients<NS, CH, kSharedDecay>& grads) {
+  const Contribution part = walk.part;
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -735,263 +743,267 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   float* dweight = reinterpret_cast<float*>(place.shared + p.dweight_at) + threadIdx.x * CH;
   const float* weights = channels + kWeightRows * p.block_channels;
   const float* values = tile.low + first * p.low_pitch();
+  // Two at a time; zeros follow an odd rank.
 #pragma unroll 1
-  for (int r = 0; r < p.rank; ++r, ++warp_sums, ++values, weights += p.block_channels, dweight += blockDim.x * CH) {
-    float w[CH], dw[CH], low[kShare] = {};
-    read_floats<CH>(weights, w);
-    read_floats<CH>(dweight, dw);
+  for (int r = 0; r < p.rank; r += 2, warp_sums += 2, values += 2) {
+    float w[2][CH], dw[2][CH], low[2 * kShare] = {};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      read_floats<CH>(weights + k * p.block_channels, w[k]);
+      read_floats<CH>(dweight + k * blockDim.x * CH, dw[k]);
+    }
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       if (kLanes == 0 && first + i * lanes >= kTile) break;
-      const float value = values[i * lanes * p.low_pitch()];
+      float value[2];
+      read_floats<2>(values + i * lanes * p.low_pitch(), value);
 #pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        low[i] = fmaf(draw[i][c], w[c], low[i]);
-        dw[c] = fmaf(draw[i][c], value, dw[c]);
-      }
+      for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          low[k * kShare + i] = fmaf(draw[i][c], w[k][c], low[k * kShare + i]);
+          dw[k][c] = fmaf(draw[i][c], value[k], dw[k][c]);
+        }
     }
-    write_floats<CH>(dweight, dw);
-    const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
-    const int held = max(1, kShare * lanes / 32);
 #pragma unroll
-    for (int v = 0; v < kShare; ++v) {
-      const int t = first + (base + v) * lanes;
-      if (v < held && lane_id < kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch] = low[v];
+    for (int k = 0; k < 2; ++k) write_floats<CH>(dweight + k * blockDim.x * CH, dw[k]);
+    weights += 2 * p.block_channels;
+    dweight += 2 * blockDim.x * CH;
+    const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
+    const int held = max(1, 2 * kShare * lanes / 32);
+#pragma unroll
+    for (int v = 0; v < 2 * kShare; ++v) {
+      const int k = (base + v) / kShare, t = first + (base + v) % kShare * lanes;
+      if (v < held && lane_id < 2 * kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch + k] = low[v];
     }
   }
 }
 
-// Phase 3: one chunk of one path, against the scan. g is the gradient that the chunk scanned next hands over.
-// kLanes: state_lanes where known at compile time, else 0.
-template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ void walk_back(const BackwardParams& p, const Place& place, const Track& track, int chunk,
-                          const Contribution& part, float (&g)[CH][NS]) {
-  const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
-  const Walk& walk = begin_walk<Reads::all>(p, place, track, end);
-  const int d = track.first_d + place.c;
-  const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  constexpr int kDecays = kSharedDecay ? 1 : NS;
-  float a[CH][kDecays];
-  load_decays<NS, CH, kSharedDecay>(p, track, d, place.lane, a);
-  ParameterGradients<NS, CH, kSharedDecay> grads = {};
-  float* const dweight = reinterpret_cast<float*>(place.shared + p.dweight_at);
-  for (int i = 0; i < p.rank * CH; ++i) dweight[i * blockDim.x + threadIdx.x] = 0.f;
-  float* const history = reinterpret_cast<float*>(place.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
-  constexpr int V = NS % 4 == 0 ? 4 : 1;
-  auto history_at = [&](int tile, int c, int j) {
-    return history + (((tile * CH + c) * (NS / V) + j / V) * blockDim.x + threadIdx.x) * V;
-  };
-  float* const warp_sums = reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch;
-  constexpr int kBatchPitch = 32 * NS + kBatchPad;
-  float* const scratch = reinterpret_cast<float*>(place.shared + p.scratch_at) + warp * kBatch * kBatchPitch;
-  const Spacing<kLanes> spacing(p);
+// The memory of a thread's warp.
+template <int NS>
+struct WarpMemory {
+  static constexpr int kPitch = 32 * NS + kBatchPad;  // between the tokens of a batch
+  int lane_id;
+  float *sums, *scratch;  // rows of dproj; values to be summed over the lanes
+  __device__ WarpMemory(const BackwardParams& p, const Place& place) : lane_id(threadIdx.x % 32) {
+    const int warp = threadIdx.x / 32;
+    sums = reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch;
+    scratch = reinterpret_cast<float*>(place.shared + p.scratch_at) + warp * kBatch * kPitch;
+  }
+};
 
-  // The gradients of B or C of one token of a batch, of the thread's channels.
-  auto write_batch = [&](int j, const float (&v)[NS]) {
-    float* const to = scratch + j * kBatchPitch + lane_id * NS;
-    if constexpr (NS % 4 == 0) {
+// The gradients of B or C of the thread's channels, token by token, to be summed over the warp's channels; `column` is
+// where they belong in a row of dproj.
+template <int NS, int kLanes>
+struct StateSums {
+  const BackwardParams& p;
+  const WarpMemory<NS>& warp;
+  const int column;
+  float single[NS == 1 ? kTile : 1];
+
+  // Token j of the tile; `complete`: it is the last of its batch to come.
+  __device__ void add(int j, const float (&v)[NS], bool complete) {
+    if constexpr (NS == 1) {
+      single[j] = v[0];
+    } else {
+      float* const to = warp.scratch + j % kBatch * WarpMemory<NS>::kPitch + warp.lane_id * NS;
 #pragma unroll
       for (int n = 0; n < NS; n += 4) write_floats<4>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
-    }
-  };
-  // The sums over a channel's lanes, of the token of a batch that is this lane's.
-  constexpr bool kOwned = owns_tokens(kLanes);
-  constexpr int kSumPitch = 32 * 2 * CH + 4;  // the lanes of a channel read different tokens, from different banks
-  static_assert(!kOwned || (kBatch % kLanes == 0 && kSumPitch <= kBatchPitch),
-                "as many for each lane, in the same memory");
-  auto own_sums = [&](const float* from, float (&sum)[2 * CH]) {
-    read_floats<2 * CH>(from, sum);
-#pragma unroll
-    for (int i = 1; i < kLanes; ++i) {
-      float v[2 * CH];
-      read_floats<2 * CH>(from + i * 2 * CH, v);
-#pragma unroll
-      for (int c = 0; c < 2 * CH; ++c) sum[c] += v[c];
-    }
-  };
-  // Those of a tile, of a channel with one state.
-  auto write_single = [&](float (&v)[NS == 1 ? kTile : 1], int column) {
-    const int t = sum_over_lanes<1, 32>(v, 1, 32, lane_id);
-    if (lane_id < kTile) warp_sums[t * p.pitch + column] = v[0];
-  };
-
-  const int pieces = (end - begin + int{kCheckpoint} - 1) / int{kCheckpoint};
-  const int64_t plane = int64_t{p.states} * p.channels;
-#pragma unroll 1
-  for (int piece = 0; piece < pieces; ++piece) {
-    const int piece_begin = begin + (track.reversed ? piece : pieces - 1 - piece) * int{kCheckpoint};
-    const int tiles = (min(piece_begin + int{kCheckpoint}, end) - piece_begin + kTile - 1) / kTile;
-    auto first_token = [&](int tile) { return piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
-    __syncthreads();  // the buffers of the piece before are free
-    if (tiles > 1) {
-      issue_tile<Reads::b_x>(p, place, walk, first_token(0), 0);
-    } else {
-      issue_tile<Reads::all>(p, place, walk, first_token(0), 0);
-    }
-    float h[CH][NS] = {};
-    load_state<NS, CH>(p, p.saved_states + (track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint}) * plane, d,
-                       place.lane, h);
-    // Along the scan: the state at the entry of every tile.
-#pragma unroll 1
-    for (int i = 0; i < tiles - 1; ++i) {
-#pragma unroll
-      for (int c = 0; c < CH; ++c)
-#pragma unroll
-        for (int j = 0; j < NS; j += V) {
-          float part_of[V];
-#pragma unroll
-          for (int v = 0; v < V; ++v) part_of[v] = h[c][j + v];
-          write_floats<V>(history_at(i, c, j), part_of);
-        }
-      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
-        if (i + 2 < tiles) {
-          issue_tile<Reads::b_x>(p, place, walk, first_token(i + 1), ~i & 1);
-        } else {
-          issue_tile<Reads::all>(p, place, walk, first_token(i + 1), ~i & 1);
-        }
-      });
-#pragma unroll 4
-      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, j, h);
-    }
-    // Against it: tile by tile.
-#pragma unroll 1
-    for (int i = tiles - 1; i >= 0; --i) {
-      const int q0 = first_token(i);
-      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, place, walk, q0, i & 1, [&] {
-        if (i > 0) issue_tile<Reads::all>(p, place, walk, first_token(i - 1), ~i & 1);
-      });
-      if (i < tiles - 1) {
-#pragma unroll
-        for (int c = 0; c < CH; ++c)
-#pragma unroll
-          for (int j = 0; j < NS; j += V) {
-            float part_of[V];
-            read_floats<V>(history_at(i, c, j), part_of);
-#pragma unroll
-            for (int v = 0; v < V; ++v) h[c][j + v] = part_of[v];
-          }
-      }
-      float state[kTile][CH][NS];  // before each token
-      float batch_sums[kBatch][2 * CH], own[own_tokens(kLanes)][2 * CH];
-      float single_db[NS == 1 ? kTile : 1], single_dc[NS == 1 ? kTile : 1];
-#pragma unroll
-      for (int j = 0; j < kTile; ++j) {
-        const int t = spacing.slot(j);
-#pragma unroll
-        for (int c = 0; c < CH; ++c)
-#pragma unroll
-          for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
-        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, t, h);
-        float dy[CH], dc[NS];
-        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
-#pragma unroll
-        for (int n = 0; n < NS; ++n) {
-          dc[n] = dy[0] * h[0][n];
-#pragma unroll
-          for (int c = 1; c < CH; ++c) dc[n] = fmaf(dy[c], h[c][n], dc[n]);
-        }
-        if constexpr (NS == 1) {
-          single_dc[j] = dc[0];
-        } else {
-          write_batch(j % kBatch, dc);
-          if (j % kBatch == kBatch - 1)
-            sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + (j - kBatch + 1) * p.pitch + p.padded_states);
-        }
-      }
-      if constexpr (NS == 1) write_single(single_dc, p.padded_states);
-#pragma unroll
-      for (int j = kTile - 1; j >= 0; --j) {
-        const int t = spacing.slot(j);
-        const float* row = tile.rows + t * spacing.bc + place.lane * NS;
-        float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
-        float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
-        read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
-        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
-        read_floats<NS>(row, b);
-        read_floats<NS>(row + spacing.bc / 2, c_row);
-#pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
-          float dz_sum = 0.f;  // with a shared decay, over the states
-#pragma unroll
-          for (int n = 0; n < NS; ++n) {
-            const float a_n = a[c][kSharedDecay ? 0 : n];
-            const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
-            const float dh = fmaf(c_row[n], dy[c], g[c][n]);
-            g[c][n] = e * dh;
-            if constexpr (kSharedDecay && !kZoh) {
-              dz_sum = fmaf(g[c][n], state[j][c][n], dz_sum);
-              sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
-              db[n] = fmaf(token[CH + c], dh, db[n]);
-              continue;
-            }
-            const float dz = g[c][n] * state[j][c][n];
-            if constexpr (kZoh) {
-              const float natural = a_n * kLn2, z = token[c] * natural;
-              const float bbar = zoh_weight(token[c], z, e, natural), x = token[CH + c], dbbar = dh * b[n] * x;
-              grads.a[c][kSharedDecay ? 0 : n] +=
-                  fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
-              sum[c] += fmaf(dbbar, e, natural * dz);
-              sum[CH + c] = fmaf(bbar, dh * b[n], sum[CH + c]);
-              db[n] = fmaf(bbar * x, dh, db[n]);
-            } else {
-              float& da = grads.a[c][kSharedDecay ? 0 : n];
-              da = fmaf(token[c], dz, da);
-              sum[c] = fmaf(a_n, dz, sum[c]);
-              sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
-              db[n] = fmaf(token[CH + c], dh, db[n]);
-            }
-          }
-          if constexpr (kSharedDecay && !kZoh) {
-            grads.a[c][0] = fmaf(token[c], dz_sum, grads.a[c][0]);
-            sum[c] = a[c][0] * dz_sum;
-          }
-        }
-        if constexpr (NS == 1) {
-          single_db[j] = db[0];
-        } else {
-          write_batch(j % kBatch, db);
-          if (j % kBatch == 0) sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + j * p.pitch);
-        }
-        if constexpr (kOwned) {
-#pragma unroll
-          for (int v = 0; v < 2 * CH; ++v) batch_sums[j % kBatch][v] = sum[v];
-          if (j % kBatch == 0) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-              write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < kBatch; i += kLanes)
-              own_sums(scratch + (place.lane + i) * kSumPitch + (lane_id - place.lane) * 2 * CH,
-                       own[(j - j % kBatch + i) / kLanes]);
-            __syncwarp();
-          }
-          continue;
-        }
-        if constexpr (kLanes == 1) {  // at once what finish_tokens leaves to do for the other layouts
-          float x[CH];
-          read_floats<CH>(tile.x + t * spacing.single + place.c, x);
-          finish_sums<CH, kZoh>(p, token, x, sum);
-        }
-        // In the place of the step and the input, which no lane of the channel needs any more.
-        const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
-        const int sum_held = max(1, 2 * CH / lanes);
-#pragma unroll
-        for (int v = 0; v < 2 * CH; ++v)
-          if (v < sum_held && place.lane < 2 * CH) tile.tokens[t * spacing.twin + place.c * 2 + sum_base + v] = sum[v];
-      }
-      if constexpr (NS == 1) write_single(single_db, 0);
-      __syncwarp();
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, tile, part, own, grads);
-      __syncthreads();
-      write_dproj(p, place, walk, tile, part);
+      if (complete)
+        sum_batch<NS, kLanes>(p, warp.scratch, warp.lane_id, warp.sums + (j - j % kBatch) * p.pitch + column);
     }
   }
+  __device__ void finish() {
+    if constexpr (NS == 1) {
+      const int t = sum_over_lanes<1, 32>(single, 1, 32, warp.lane_id);
+      if (warp.lane_id < kTile) warp.sums[t * p.pitch + column] = single[0];
+    }
+  }
+};
 
-  // This chunk's part of the parameter gradients.
+// The sums over a channel's lanes, for the tokens that are this lane's; `scratch` holds [kBatch, lane of the warp,
+// 2 * CH] with kSumPitch values between tokens: lanes that read different tokens find them in different banks.
+template <int CH>
+constexpr int kSumPitch = 32 * 2 * CH + 4;
+template <int CH, int kLanes>
+__device__ inline void own_sums(const float* from, float (&sum)[2 * CH]) {
+  read_floats<2 * CH>(from, sum);
+#pragma unroll
+  for (int i = 1; i < kLanes; ++i) {
+    float v[2 * CH];
+    read_floats<2 * CH>(from + i * 2 * CH, v);
+#pragma unroll
+    for (int c = 0; c < 2 * CH; ++c) sum[c] += v[c];
+  }
+}
+
+// The states of a thread at the entry of the tiles of a piece, in shared memory: [tile, CH, NS / V, thread, V].
+template <int NS, int CH>
+struct History {
+  static constexpr int V = NS % 4 == 0 ? 4 : 1;
+  float* at;
+  __device__ History(const BackwardParams& p, const Place& place)
+      : at(reinterpret_cast<float*>(place.shared + p.history_at) + threadIdx.x * V) {}
+  __device__ float* part(int tile, int c, int j) const {
+    return at + ((tile * CH + c) * (NS / V) + j / V) * static_cast<int>(blockDim.x) * V;
+  }
+  __device__ void save(int tile, const float (&h)[CH][NS]) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+#pragma unroll
+      for (int j = 0; j < NS; j += V) {
+        float v[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) v[i] = h[c][j + i];
+        write_floats<V>(part(tile, c, j), v);
+      }
+  }
+  __device__ void load(int tile, float (&h)[CH][NS]) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+#pragma unroll
+      for (int j = 0; j < NS; j += V) {
+        float v[V];
+        read_floats<V>(part(tile, c, j), v);
+#pragma unroll
+        for (int i = 0; i < V; ++i) h[c][j + i] = v[i];
+      }
+  }
+};
+
+// Along the scan through a tile: the state before each token, and the gradients of C.
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ __forceinline__ void rebuild_tile(const BackwardParams& p, const Place& place, const WarpMemory<NS>& warp,
+                                             const Tile& tile, const float (&a)[CH][kSharedDecay ? 1 : NS],
+                                             float (&h)[CH][NS], float (&state)[kTile][CH][NS]) {
+  const Spacing<kLanes> spacing(p);
+  StateSums<NS, kLanes> dc_sums = {p, warp, p.padded_states};
+#pragma unroll
+  for (int j = 0; j < kTile; ++j) {
+    const int t = spacing.slot(j);
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+#pragma unroll
+      for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
+    advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, t, h);
+    float dy[CH], dc[NS];
+    read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
+#pragma unroll
+    for (int n = 0; n < NS; ++n) {
+      dc[n] = dy[0] * h[0][n];
+#pragma unroll
+      for (int c = 1; c < CH; ++c) dc[n] = fmaf(dy[c], h[c][n], dc[n]);
+    }
+    dc_sums.add(j, dc, j % kBatch == kBatch - 1);
+  }
+  dc_sums.finish();
+}
+
+// Against the scan through a tile: the gradients of its states, and what becomes of them. The sums over a channel's
+// states, d step and dh * B (zoh: dx), go to `own` or to the place of the step and the input.
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Place& place, const WarpMemory<NS>& warp,
+                                             const Tile& tile, const float (&a)[CH][kSharedDecay ? 1 : NS],
+                                             const float (&state)[kTile][CH][NS], float (&g)[CH][NS],
+                                             float (&own)[own_tokens(kLanes)][2 * CH],
+                                             ParameterGradients<NS, CH, kSharedDecay>& grads) {
+  constexpr bool kOwned = owns_tokens(kLanes);
+  static_assert(!kOwned || (kBatch % kLanes == 0 && kSumPitch<CH> <= WarpMemory<NS>::kPitch),
+                "as many tokens for each lane, in the same memory");
+  const Spacing<kLanes> spacing(p);
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
+  StateSums<NS, kLanes> db_sums = {p, warp, 0};
+  float batch_sums[kBatch][2 * CH];
+#pragma unroll
+  for (int j = kTile - 1; j >= 0; --j) {
+    const int t = spacing.slot(j);
+    const float* row = tile.rows + t * spacing.bc + place.lane * NS;
+    float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
+    float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
+    read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
+    read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
+    read_floats<NS>(row, b);
+    read_floats<NS>(row + spacing.bc / 2, c_row);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+      float dz_sum = 0.f;  // with a shared decay, over the states
+#pragma unroll
+      for (int n = 0; n < NS; ++n) {
+        const float a_n = a[c][kSharedDecay ? 0 : n];
+        const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
+        const float dh = fmaf(c_row[n], dy[c], g[c][n]);
+        g[c][n] = e * dh;
+        if constexpr (kSharedDecay && !kZoh) {
+          dz_sum = fmaf(g[c][n], state[j][c][n], dz_sum);
+          sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+          db[n] = fmaf(token[CH + c], dh, db[n]);
+          continue;
+        }
+        const float dz = g[c][n] * state[j][c][n];
+        if constexpr (kZoh) {
+          const float natural = a_n * kLn2, z = token[c] * natural;
+          const float bbar = zoh_weight(token[c], z, e, natural), x = token[CH + c], dbbar = dh * b[n] * x;
+          grads.a[c][kSharedDecay ? 0 : n] +=
+              fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
+          sum[c] += fmaf(dbbar, e, natural * dz);
+          sum[CH + c] = fmaf(bbar, dh * b[n], sum[CH + c]);
+          db[n] = fmaf(bbar * x, dh, db[n]);
+        } else {
+          float& da = grads.a[c][kSharedDecay ? 0 : n];
+          da = fmaf(token[c], dz, da);
+          sum[c] = fmaf(a_n, dz, sum[c]);
+          sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+          db[n] = fmaf(token[CH + c], dh, db[n]);
+        }
+      }
+      if constexpr (kSharedDecay && !kZoh) {
+        grads.a[c][0] = fmaf(token[c], dz_sum, grads.a[c][0]);
+        sum[c] = a[c][0] * dz_sum;
+      }
+    }
+    db_sums.add(j, db, j % kBatch == 0);
+    if constexpr (kOwned) {
+#pragma unroll
+      for (int v = 0; v < 2 * CH; ++v) batch_sums[j % kBatch][v] = sum[v];
+      if (j % kBatch == 0) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          write_floats<2 * CH>(warp.scratch + i * kSumPitch<CH> + warp.lane_id * 2 * CH, batch_sums[i]);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kBatch; i += kLanes)
+          own_sums<CH, kLanes>(warp.scratch + (place.lane + i) * kSumPitch<CH> + (warp.lane_id - place.lane) * 2 * CH,
+                               own[(j - j % kBatch + i) / kLanes]);
+        __syncwarp();
+      }
+      continue;
+    }
+    if constexpr (kLanes == 1) {  // at once what finish_tokens leaves to do for the other layouts
+      float x[CH];
+      read_floats<CH>(tile.x + t * spacing.single + place.c, x);
+      finish_sums<CH, kZoh>(p, token, x, sum);
+    }
+    // In the place of the step and the input, which no lane of the channel needs any more.
+    const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, warp.lane_id);
+    const int sum_held = max(1, 2 * CH / lanes);
+#pragma unroll
+    for (int v = 0; v < 2 * CH; ++v)
+      if (v < sum_held && place.lane < 2 * CH) tile.tokens[t * spacing.twin + place.c * 2 + sum_base + v] = sum[v];
+  }
+  db_sums.finish();
+  __syncwarp();
+}
+
+// This chunk's part of the parameter gradients.
+template <int NS, int CH, bool kSharedDecay>
+__device__ inline void write_parameters(const BackwardParams& p, const Place& place, const Walk& walk,
+                                        ParameterGradients<NS, CH, kSharedDecay>& grads) {
+  const Track track = walk.track;
+  const int d = track.first_d + place.c;
+  const float* const dweight = reinterpret_cast<const float*>(place.shared + p.dweight_at);
   const int64_t parameters = int64_t{p.modalities} * p.paths * p.channels;
-  const int64_t mkd = (int64_t{track.b} * p.chunks + chunk) * parameters + track.mk(p) * p.channels + d;
+  const int64_t mkd = (int64_t{track.b} * p.chunks + walk.chunk) * parameters + track.mk(p) * p.channels + d;
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
     const bool exists = d + c < p.channels;
@@ -1022,6 +1034,66 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Tra
   }
 }
 
+// Phase 3: one chunk of one path, against the scan. g is the gradient that the chunk scanned next hands over.
+// kLanes: state_lanes where known at compile time, else 0.
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ void walk_back(const BackwardParams& p, const Place& place, const Walk& walk, float (&g)[CH][NS]) {
+  float a[CH][kSharedDecay ? 1 : NS];
+  load_decays<NS, CH, kSharedDecay>(p, walk.track, walk.track.first_d + place.c, place.lane, a);
+  ParameterGradients<NS, CH, kSharedDecay> grads = {};
+  float* const dweight = reinterpret_cast<float*>(place.shared + p.dweight_at);
+  for (int i = 0; i < (p.rank + p.rank % 2) * CH; ++i) dweight[i * blockDim.x + threadIdx.x] = 0.f;
+  const History<NS, CH> history(p, place);
+  const WarpMemory<NS> warp(p, place);
+
+  const bool reversed = walk.track.reversed;
+  const int begin = walk.chunk * p.chunk, pieces = (walk.end - begin + int{kCheckpoint} - 1) / int{kCheckpoint};
+#pragma unroll 1
+  for (int piece = 0; piece < pieces; ++piece) {
+    const int piece_begin = begin + (reversed ? piece : pieces - 1 - piece) * int{kCheckpoint};
+    const int tiles = (min(piece_begin + int{kCheckpoint}, walk.end) - piece_begin + kTile - 1) / kTile;
+    auto first_token = [&](int tile) { return piece_begin + (reversed ? tiles - 1 - tile : tile) * kTile; };
+    __syncthreads();  // the buffers of the piece before are free
+    if (tiles > 1) {
+      issue_tile<Reads::b_x>(p, place, walk, first_token(0), 0);
+    } else {
+      issue_tile<Reads::all>(p, place, walk, first_token(0), 0);
+    }
+    float h[CH][NS] = {};
+    const int64_t saved = walk.track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint};
+    load_state<NS, CH>(p, p.saved_states + saved * p.states * p.channels, walk.track.first_d + place.c, place.lane, h);
+    // Along the scan: the state at the entry of every tile.
+#pragma unroll 1
+    for (int i = 0; i < tiles - 1; ++i) {
+      history.save(i, h);
+      const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
+        if (i + 2 < tiles) {
+          issue_tile<Reads::b_x>(p, place, walk, first_token(i + 1), ~i & 1);
+        } else {
+          issue_tile<Reads::all>(p, place, walk, first_token(i + 1), ~i & 1);
+        }
+      });
+#pragma unroll 4
+      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, j, h);
+    }
+    // Against it: tile by tile.
+#pragma unroll 1
+    for (int i = tiles - 1; i >= 0; --i) {
+      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
+        if (i > 0) issue_tile<Reads::all>(p, place, walk, first_token(i - 1), ~i & 1);
+      });
+      if (i < tiles - 1) history.load(i, h);
+      float state[kTile][CH][NS], own[own_tokens(kLanes)][2 * CH];
+      rebuild_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, h, state);
+      reverse_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, state, g, own, grads);
+      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, tile, own, grads);
+      __syncthreads();
+      write_dproj(p, place, walk, tile);
+    }
+  }
+  write_parameters<NS, CH, kSharedDecay>(p, place, walk, grads);
+}
+
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
@@ -1040,14 +1112,13 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
   };
   clear();
   if (p.chunks > 1) {
-    const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.paths * p.chunks;
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-      const int chunk = static_cast<int>(task % p.chunks), path = static_cast<int>(task / p.chunks % p.paths);
-      const int64_t sequence = task / p.chunks / p.paths;
-      const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
-      const int begin = chunk * p.chunk, d = track.first_d + place.c;
+    const int tasks = p.modalities * p.batch * p.groups * p.paths * p.chunks;
+    for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
+      const int sequence = task / p.chunks / p.paths, chunk = task % p.chunks;
+      const Track track(p, sequence / p.groups, task / p.chunks % p.paths, sequence % p.groups);
+      const int d = track.first_d + place.c;
       float g[CH][NS] = {}, steps[CH] = {};
-      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, place, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, place, track, chunk, g, steps);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, place.lane, g);
       if (place.lane == 0) {
@@ -1061,31 +1132,31 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     clear();
     grid.sync();
   }
-  const int images = p.shared_source ? p.batch : p.modalities * p.batch;
+  const int per_image = p.shared_source ? 2 : 1, walks = per_image * p.groups;  // of one chunk and path, in turn
+  const int tasks = p.modalities / per_image * p.batch * p.chunks;
 #pragma unroll 1
   for (int i = 0; i < p.paths; ++i) {
     if (i == p.row_paths && i > 0) grid.sync();
-    for (int64_t task = blockIdx.x; task < int64_t{images} * p.chunks; task += gridDim.x) {
-      const int image = static_cast<int>(task / p.chunks), chunk = static_cast<int>(task % p.chunks);
-      const int first_m = p.shared_source ? 0 : image / p.batch, last_m = p.shared_source ? 1 : first_m;
-      for (int m = first_m; m <= last_m; ++m) {
-        for (int group = 0; group < p.groups; ++group) {
-          const Track track(p, int64_t{m} * p.batch + image % p.batch, p.order[i], group);
-          float g[CH][NS] = {};
-          if (p.chunks > 1)
-            load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
-                               place.lane, g);
-          const bool first_group = group == 0, last_group = group == p.groups - 1;
-          const Contribution part = {first_group,
-                                     last_group,
-                                     first_group && m == first_m,
-                                     last_group && m == last_m,
-                                     first_group && p.shared_source && p.source(m) != m,
-                                     i == 0 || p.x_per_path,
-                                     i == p.paths - 1 || p.x_per_path};
-          walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, track, chunk, part, g);
-        }
-      }
+    // One number for the task and its turn: registers are short.
+#pragma unroll 1
+    for (int at = blockIdx.x * walks; at < tasks * walks;) {
+      const int task = at / walks, turn = at - task * walks, image = task / p.chunks, chunk = task - image * p.chunks;
+      const int m = turn / p.groups, group = turn - m * p.groups;  // without a shared source, m is 0 here
+      const Track track(p, m * p.batch + image, p.order[i], group);
+      float g[CH][NS] = {};
+      if (p.chunks > 1)
+        load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
+                           place.lane, g);
+      const Contribution part = {group == 0,
+                                 group == p.groups - 1,
+                                 turn == 0,
+                                 turn == walks - 1,
+                                 group == 0 && p.shared_source && p.source(track.m) != track.m,
+                                 i == 0 || p.x_per_path,
+                                 i == p.paths - 1 || p.x_per_path};
+      const Walk& walk = begin_walk<Reads::all>(p, place, track, chunk, part);
+      walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, g);
+      at += walk.part.last_bc ? (gridDim.x - 1) * walks + 1 : 1;
     }
   }
 }
@@ -1174,7 +1245,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
   if (lanes == 0) params.steps_at = shared.reserve(kTile * params.single * 4);
-  params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
+  params.dweight_at = shared.reserve((rank + rank % 2) * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
     params.scratch_at = shared.reserve(layout.threads / 32 * kBatch * (32 * layout.states_per_thread + kBatchPad) * 4);
