@@ -58,7 +58,7 @@ struct BackwardParams : Params {
   FastDiv by_quads;      // columns of a row of sums, by four
   Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
   // The rest of shared memory, offsets in bytes.
-  int walk_at, channels_at, steps_at, dweight_at, warp_sums_at, scratch_at, history_at;
+  int walk_at, channels_at, steps_at, channel_sums_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
@@ -517,13 +517,6 @@ __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, 
   __syncwarp();
 }
 
-// The gradients that a thread accumulates over a chunk: of its states, and of its share of the tokens.
-template <int NS, int CH, bool kSharedDecay>
-struct ParameterGradients {
-  float a[CH][kSharedDecay ? 1 : NS];
-  float bias[CH], skip[CH];
-};
-
 // Two neighbouring elements of an output of type dtype, at an even element.
 __device__ inline void store_pair(void* to, int64_t i, float2 v, const BackwardParams& p) {
   if (p.half) {
@@ -679,10 +672,9 @@ constexpr int own_tokens(int lanes) { return owns_tokens(lanes) ? kTile / lanes 
 
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
-template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+template <int CH, int kLanes, bool kZoh>
 __device__ inline void finish_tokens(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                     const float (&own)[own_tokens(kLanes)][2 * CH],
-                                     ParameterGradients<NS, CH, kSharedDecay>& grads) {
+                                     const float (&own)[own_tokens(kLanes)][2 * CH]) {
   const Contribution part = walk.part;
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
@@ -691,7 +683,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
   const int first = opaque(place.lane);
   const int exist = p.channels - walk.track.first_d - place.c;
-  float draw[kShare][CH] = {}, dx[kShare][CH] = {}, skip[CH];
+  float draw[kShare][CH] = {}, dx[kShare][CH] = {}, skip[CH], dbias[CH], dskip[CH];
   if (p.half && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
@@ -699,6 +691,10 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
       if (pixel >= 0) read_dx<CH>(p, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx[i]);
     }
   }
+  const int sums_row = blockDim.x * CH;
+  float* sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
+  read_floats<CH>(sums + kBiasRow * sums_row, dbias);
+  read_floats<CH>(sums + kSkipRow * sums_row, dskip);
   read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
@@ -724,8 +720,8 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     for (int c = 0; c < CH; ++c) {
       draw[i][c] = sum[c];
       dx[i][c] += fmaf(skip[c], dy[c], sum[CH + c]);
-      grads.bias[c] += draw[i][c];
-      grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
+      dbias[c] += draw[i][c];
+      dskip[c] = fmaf(dy[c], x[c], dskip[c]);
     }
     const int pixel = tile.pixels[t];
     if (pixel >= 0) {
@@ -740,7 +736,9 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   }
   float* warp_sums =
       reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
-  float* dweight = reinterpret_cast<float*>(place.shared + p.dweight_at) + threadIdx.x * CH;
+  write_floats<CH>(sums + kBiasRow * sums_row, dbias);
+  write_floats<CH>(sums + kSkipRow * sums_row, dskip);
+  sums += kWeightRows * sums_row;
   const float* weights = channels + kWeightRows * p.block_channels;
   const float* values = tile.low + first * p.low_pitch();
   // Two at a time; zeros follow an odd rank.
@@ -750,7 +748,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       read_floats<CH>(weights + k * p.block_channels, w[k]);
-      read_floats<CH>(dweight + k * blockDim.x * CH, dw[k]);
+      read_floats<CH>(sums + k * sums_row, dw[k]);
     }
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
@@ -766,9 +764,9 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
         }
     }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) write_floats<CH>(dweight + k * blockDim.x * CH, dw[k]);
+    for (int k = 0; k < 2; ++k) write_floats<CH>(sums + k * sums_row, dw[k]);
     weights += 2 * p.block_channels;
-    dweight += 2 * blockDim.x * CH;
+    sums += 2 * sums_row;
     const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
     const int held = max(1, 2 * kShare * lanes / 32);
 #pragma unroll
@@ -906,7 +904,7 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
                                              const Tile& tile, const float (&a)[CH][kSharedDecay ? 1 : NS],
                                              const float (&state)[kTile][CH][NS], float (&g)[CH][NS],
                                              float (&own)[own_tokens(kLanes)][2 * CH],
-                                             ParameterGradients<NS, CH, kSharedDecay>& grads) {
+                                             float (&da)[CH][kSharedDecay ? 1 : NS]) {
   constexpr bool kOwned = owns_tokens(kLanes);
   static_assert(!kOwned || (kBatch % kLanes == 0 && kSumPitch<CH> <= WarpMemory<NS>::kPitch),
                 "as many tokens for each lane, in the same memory");
@@ -944,21 +942,20 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
         if constexpr (kZoh) {
           const float natural = a_n * kLn2, z = token[c] * natural;
           const float bbar = zoh_weight(token[c], z, e, natural), x = token[CH + c], dbbar = dh * b[n] * x;
-          grads.a[c][kSharedDecay ? 0 : n] +=
-              fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
+          da[c][kSharedDecay ? 0 : n] += fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
           sum[c] += fmaf(dbbar, e, natural * dz);
           sum[CH + c] = fmaf(bbar, dh * b[n], sum[CH + c]);
           db[n] = fmaf(bbar * x, dh, db[n]);
         } else {
-          float& da = grads.a[c][kSharedDecay ? 0 : n];
-          da = fmaf(token[c], dz, da);
+          float& da_n = da[c][kSharedDecay ? 0 : n];
+          da_n = fmaf(token[c], dz, da_n);
           sum[c] = fmaf(a_n, dz, sum[c]);
           sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
           db[n] = fmaf(token[CH + c], dh, db[n]);
         }
       }
       if constexpr (kSharedDecay && !kZoh) {
-        grads.a[c][0] = fmaf(token[c], dz_sum, grads.a[c][0]);
+        da[c][0] = fmaf(token[c], dz_sum, da[c][0]);
         sum[c] = a[c][0] * dz_sum;
       }
     }
@@ -998,38 +995,34 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
 // This chunk's part of the parameter gradients.
 template <int NS, int CH, bool kSharedDecay>
 __device__ inline void write_parameters(const BackwardParams& p, const Place& place, const Walk& walk,
-                                        ParameterGradients<NS, CH, kSharedDecay>& grads) {
+                                        const float (&da)[CH][kSharedDecay ? 1 : NS]) {
   const Track track = walk.track;
   const int d = track.first_d + place.c;
-  const float* const dweight = reinterpret_cast<const float*>(place.shared + p.dweight_at);
+  const float* const sums = reinterpret_cast<const float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
   const int64_t parameters = int64_t{p.modalities} * p.paths * p.channels;
   const int64_t mkd = (int64_t{track.b} * p.chunks + walk.chunk) * parameters + track.mk(p) * p.channels + d;
+  auto over_lanes = [&](float v) {
+    for (int off = 1; off < p.state_lanes; off *= 2) v += __shfl_xor_sync(0xffffffffu, v, off);
+    return v;
+  };
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
-    const bool exists = d + c < p.channels;
-    for (int off = 1; off < p.state_lanes; off *= 2) {
-      if constexpr (kSharedDecay) grads.a[c][0] += __shfl_xor_sync(0xffffffffu, grads.a[c][0], off);
-      grads.bias[c] += __shfl_xor_sync(0xffffffffu, grads.bias[c], off);
-      grads.skip[c] += __shfl_xor_sync(0xffffffffu, grads.skip[c], off);
+    const bool exists = d + c < p.channels, writes = exists && place.lane == 0;
+#pragma unroll 1
+    for (int row = 0; row < kWeightRows + p.rank; ++row) {
+      const float sum = over_lanes(sums[row * blockDim.x * CH + c]);
+      float* const to = row == kBiasRow ? p.ddt_bias : row == kSkipRow ? p.dd : p.ddt_weight + row - kWeightRows;
+      if (writes && to != nullptr) to[(mkd + c) * (row < kWeightRows ? 1 : p.rank)] = sum;
     }
-    for (int r = 0; r < p.rank; ++r) {
-      float dw = dweight[(r * blockDim.x + threadIdx.x) * CH + c];
-      for (int off = 1; off < p.state_lanes; off *= 2) dw += __shfl_xor_sync(0xffffffffu, dw, off);
-      if (exists && place.lane == 0) p.ddt_weight[(mkd + c) * p.rank + r] = dw;
-    }
-    if (!exists) continue;
     if constexpr (kSharedDecay) {
-      if (place.lane == 0) p.da[mkd + c] = grads.a[c][0];
+      const float sum = over_lanes(da[c][0]);
+      if (writes) p.da[mkd + c] = sum;
     } else {
 #pragma unroll
       for (int j = 0; j < NS; ++j) {
         const int n = place.lane * NS + j;
-        if (n < p.states) p.da[(mkd + c) * p.states + n] = grads.a[c][j];
+        if (exists && n < p.states) p.da[(mkd + c) * p.states + n] = da[c][j];
       }
-    }
-    if (place.lane == 0) {
-      if (p.ddt_bias != nullptr) p.ddt_bias[mkd + c] = grads.bias[c];
-      if (p.dd != nullptr) p.dd[mkd + c] = grads.skip[c];
     }
   }
 }
@@ -1040,9 +1033,10 @@ template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ void walk_back(const BackwardParams& p, const Place& place, const Walk& walk, float (&g)[CH][NS]) {
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, walk.track, walk.track.first_d + place.c, place.lane, a);
-  ParameterGradients<NS, CH, kSharedDecay> grads = {};
-  float* const dweight = reinterpret_cast<float*>(place.shared + p.dweight_at);
-  for (int i = 0; i < (p.rank + p.rank % 2) * CH; ++i) dweight[i * blockDim.x + threadIdx.x] = 0.f;
+  float da[CH][kSharedDecay ? 1 : NS] = {};
+  // The gradients of what is staged of the channels, of the thread's share of the tokens: rows like theirs.
+  float* const channel_sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at);
+  for (int i = 0; i < channel_rows(p.rank) * CH; ++i) channel_sums[i * blockDim.x + threadIdx.x] = 0.f;
   const History<NS, CH> history(p, place);
   const WarpMemory<NS> warp(p, place);
 
@@ -1085,13 +1079,13 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
       if (i < tiles - 1) history.load(i, h);
       float state[kTile][CH][NS], own[own_tokens(kLanes)][2 * CH];
       rebuild_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, h, state);
-      reverse_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, state, g, own, grads);
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, tile, own, grads);
+      reverse_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, state, g, own, da);
+      finish_tokens<CH, kLanes, kZoh>(p, place, walk, tile, own);
       __syncthreads();
       write_dproj(p, place, walk, tile);
     }
   }
-  write_parameters<NS, CH, kSharedDecay>(p, place, walk, grads);
+  write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
 }
 
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
@@ -1245,7 +1239,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
   if (lanes == 0) params.steps_at = shared.reserve(kTile * params.single * 4);
-  params.dweight_at = shared.reserve((rank + rank % 2) * layout.threads * layout.channels_per_thread * 4);
+  params.channel_sums_at = shared.reserve(channel_rows(rank) * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
     params.scratch_at = shared.reserve(layout.threads / 32 * kBatch * (32 * layout.states_per_thread + kBatchPad) * 4);
