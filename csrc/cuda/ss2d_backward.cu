@@ -54,6 +54,7 @@ struct BackwardParams : Params {
   float* dd;             // [parts, M, K, D] or null
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
+  int turns, walks;      // of a block with one chunk of a path; of all blocks with a path
   bool paired;           // rows of dproj can be written two values at a time
   FastDiv by_quads;      // columns of a row of sums, by four
   Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
@@ -124,8 +125,9 @@ struct Contribution {
 struct Walk {
   Run runs[kRuns];
   Track track;
-  int chunk, end;  // end: of the chunk
+  int chunk, pieces, end;  // end: of the chunk
   Contribution part;
+  int at;  // where the kernel's loop stands: kept here, as registers are short
   // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
   // part and that of the B and C it reads; and from pixel to pixel.
   int64_t dx, ddelta, own_row, bc_row;
@@ -134,6 +136,7 @@ struct Walk {
                   int tile)
       : track(t),
         chunk(chunk),
+        pieces((min(p.chunk, p.tokens - chunk * p.chunk) + int{kCheckpoint} - 1) / int{kCheckpoint}),
         end(min((chunk + 1) * p.chunk, p.tokens)),
         part(part),
         dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
@@ -678,7 +681,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   const Contribution part = walk.part;
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
-  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
   const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
   const int first = opaque(place.lane);
@@ -1040,13 +1043,12 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
   const History<NS, CH> history(p, place);
   const WarpMemory<NS> warp(p, place);
 
-  const bool reversed = walk.track.reversed;
-  const int begin = walk.chunk * p.chunk, pieces = (walk.end - begin + int{kCheckpoint} - 1) / int{kCheckpoint};
 #pragma unroll 1
-  for (int piece = 0; piece < pieces; ++piece) {
-    const int piece_begin = begin + (reversed ? piece : pieces - 1 - piece) * int{kCheckpoint};
+  for (int piece = 0; piece < walk.pieces; ++piece) {
+    const int place_of_piece = walk.track.reversed ? piece : walk.pieces - 1 - piece;
+    const int piece_begin = walk.chunk * p.chunk + place_of_piece * int{kCheckpoint};
     const int tiles = (min(piece_begin + int{kCheckpoint}, walk.end) - piece_begin + kTile - 1) / kTile;
-    auto first_token = [&](int tile) { return piece_begin + (reversed ? tiles - 1 - tile : tile) * kTile; };
+    auto first_token = [&](int tile) { return piece_begin + (walk.track.reversed ? tiles - 1 - tile : tile) * kTile; };
     __syncthreads();  // the buffers of the piece before are free
     if (tiles > 1) {
       issue_tile<Reads::b_x>(p, place, walk, first_token(0), 0);
@@ -1092,7 +1094,6 @@ template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
   extern __shared__ float4 shared_base[];
-  const auto grid = cooperative_groups::this_grid();
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
   const Place place = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
                        reinterpret_cast<char*>(shared_base)};
@@ -1121,20 +1122,19 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
           if (d + c < p.channels) p.chunk_steps[at * p.channels + d + c] = steps[c];
       }
     }
-    grid.sync();
+    cooperative_groups::this_grid().sync();
     prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(place.shared + p.history_at));
     clear();
-    grid.sync();
+    cooperative_groups::this_grid().sync();
   }
-  const int per_image = p.shared_source ? 2 : 1, walks = per_image * p.groups;  // of one chunk and path, in turn
-  const int tasks = p.modalities / per_image * p.batch * p.chunks;
 #pragma unroll 1
   for (int i = 0; i < p.paths; ++i) {
-    if (i == p.row_paths && i > 0) grid.sync();
+    if (i == p.row_paths && i > 0) cooperative_groups::this_grid().sync();
     // One number for the task and its turn: registers are short.
 #pragma unroll 1
-    for (int at = blockIdx.x * walks; at < tasks * walks;) {
-      const int task = at / walks, turn = at - task * walks, image = task / p.chunks, chunk = task - image * p.chunks;
+    for (int at = blockIdx.x * p.turns; at < p.walks;) {
+      const int task = at / p.turns, turn = at - task * p.turns, image = task / p.chunks,
+                chunk = task - image * p.chunks;
       const int m = turn / p.groups, group = turn - m * p.groups;  // without a shared source, m is 0 here
       const Track track(p, m * p.batch + image, p.order[i], group);
       float g[CH][NS] = {};
@@ -1144,13 +1144,14 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       const Contribution part = {group == 0,
                                  group == p.groups - 1,
                                  turn == 0,
-                                 turn == walks - 1,
+                                 turn == p.turns - 1,
                                  group == 0 && p.shared_source && p.source(track.m) != track.m,
                                  i == 0 || p.x_per_path,
                                  i == p.paths - 1 || p.x_per_path};
       const Walk& walk = begin_walk<Reads::all>(p, place, track, chunk, part);
+      if (threadIdx.x == 0) const_cast<Walk&>(walk).at = at;
       walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, g);
-      at += walk.part.last_bc ? (gridDim.x - 1) * walks + 1 : 1;
+      at = walk.at + (walk.part.last_bc ? (gridDim.x - 1) * p.turns + 1 : 1);
     }
   }
 }
@@ -1298,6 +1299,9 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   params.saved_states = static_cast<const float*>(gradients.states);
   params.x_per_path = gradients.x_per_path;
   params.shared_source = shares_source(problem);
+  const int per_task = params.shared_source ? 2 : 1;
+  params.turns = per_task * params.groups;
+  params.walks = params.modalities / per_task * params.batch * params.chunks * params.turns;
   params.paired = problem.states % 2 == 0 && problem.rank % 2 == 0;
   params.dx = gradients.dx;
   params.dx_sum = is_float ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;
