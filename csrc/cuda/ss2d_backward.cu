@@ -54,11 +54,12 @@ struct BackwardParams : Params {
   float* dd;             // [parts, M, K, D] or null
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
+  int turns, walks;      // of a block with one chunk of a path; of all blocks with a path
   bool paired;           // rows of dproj can be written two values at a time
   FastDiv by_quads;      // columns of a row of sums, by four
   Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
   // The rest of shared memory, offsets in bytes.
-  int walk_at, channels_at, steps_at, dweight_at, warp_sums_at, scratch_at, history_at;
+  int walk_at, channels_at, steps_at, channel_sums_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
@@ -70,13 +71,16 @@ struct BackwardParams : Params {
 constexpr int single_of(int channels) { return channels + 8; }
 constexpr int twin_of(int channels) { return 2 * channels + 8; }
 constexpr int kDefaultLanes = 4, kDefaultStates = 4, kDefaultChannels = kMaxThreads / kDefaultLanes * 2;
+// Layouts with several lanes a channel, of kDefaultStates states each, where a lane keeps the sums of its tokens of a
+// batch in registers.
+constexpr bool owns_tokens(int lanes) { return lanes > 1 && lanes <= kBatch; }
 template <int kLanes>
 struct Spacing {
   int single, twin, bc;  // bc: of the rows of B and C
   __device__ explicit Spacing(const BackwardParams& p)
       : single(kLanes == kDefaultLanes ? single_of(kDefaultChannels) : p.single),
         twin(kLanes == kDefaultLanes ? twin_of(kDefaultChannels) : p.twin),
-        bc(kLanes == kDefaultLanes ? 2 * kDefaultLanes * kDefaultStates : 2 * p.padded_states) {}
+        bc(owns_tokens(kLanes) ? 2 * kLanes * kDefaultStates : 2 * p.padded_states) {}
   // Slot t of a tile where its address shall not be hoisted out of a loop into registers.
   __device__ static int slot(int t) { return kLanes == kDefaultLanes ? t : opaque(t); }
 };
@@ -89,6 +93,9 @@ __device__ inline const Stage& stage_of(const BackwardParams& p) {
   return kReads == Reads::c_dy ? p.wide : p.narrow;
 }
 
+// Rows of what is staged of the channels: an even number of dt_weight.
+__host__ __device__ inline int channel_rows(int rank) { return kWeightRows + rank + rank % 2; }
+
 // Where a thread stands: lane of the channel, first channel within the block of channels; and the block's memory.
 struct Place {
   int lane, c;
@@ -96,26 +103,42 @@ struct Place {
 };
 
 // One of the things that are copied of every token: contiguous bytes in memory and in shared memory.
-struct Run {
+struct alignas(16) Run {
   const char* from;  // at pixel 0
   int pixel;         // bytes from pixel to pixel
   int bytes, granule;
   int to, token_pitch, buffer_pitch;  // in shared memory
 };
-constexpr int kRuns = 5;  // in this order: x, dy, B, C, and the low-rank part or delta
+// In the order of a walk's runs, so that those a tile needs follow one another. kRows: B and C where they are copied as
+// one, else B.
+enum RunOf { kB, kX, kLow, kDy, kRows, kC, kRuns };  // kLow: the low-rank part or delta
+
+// Which of the contributions to a row of dproj this walk is.
+struct Contribution {
+  bool first_low, last_low;  // to the low-rank part: one per block of channels
+  bool first_bc, last_bc;    // to B and C: as many, times the modalities that read them
+  bool zero_own_bc;          // nobody reads this modality's B and C
+  bool first_dx, last_dx;    // to dx: one per path
+};
 
 // What a walk of one block along one path keeps at hand, in shared memory.
 struct Walk {
-  Track track;
   Run runs[kRuns];
-  int end;  // of the chunk
+  Track track;
+  int chunk, pieces, end;  // end: of the chunk
+  Contribution part;
+  int at;  // where the kernel's loop stands: kept here, as registers are short
   // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
   // part and that of the B and C it reads; and from pixel to pixel.
   int64_t dx, ddelta, own_row, bc_row;
   int dx_pixel, ddelta_pixel, row_pixel;
-  __device__ Walk(const BackwardParams& p, const Track& t, int end, const Stage& stage, int tile)
+  __device__ Walk(const BackwardParams& p, const Track& t, int chunk, const Contribution& part, const Stage& stage,
+                  int tile)
       : track(t),
-        end(end),
+        chunk(chunk),
+        pieces((min(p.chunk, p.tokens - chunk * p.chunk) + int{kCheckpoint} - 1) / int{kCheckpoint}),
+        end(min((chunk + 1) * p.chunk, p.tokens)),
+        part(part),
         dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
         ddelta_pixel(p.paths * p.channels),
         row_pixel(p.paths * p.row()) {
@@ -124,22 +147,23 @@ struct Walk {
     const int channels = min(p.block_channels, p.channels - t.first_d) * element, single = p.single * element;
     const int row_buffer = p.half ? 0 : tile * p.pitch * element, buffer = p.half ? 0 : tile * single;
     const char* const dy = p.dy.data + t.m * p.dy.modality + t.b * p.dy.batch + int64_t{t.first_d} * element;
-    runs[0] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, buffer};
-    runs[1] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, buffer};
-    runs[2] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
-    runs[3] = runs[2];
-    runs[3].from += states;
-    runs[3].to += padded;
+    runs[kX] = {bases.x, p.x.pixel, channels, p.x.granule, stage.x_at, single, buffer};
+    runs[kDy] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, buffer};
+    runs[kB] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
+    runs[kRows] = runs[kC] = runs[kB];
+    if (states == padded) runs[kRows].bytes *= 2;
+    runs[kC].from += states;
+    runs[kC].to += padded;
     if (p.rank > 0) {
-      runs[4] = {bases.low,
-                 p.proj.pixel,
-                 p.rank * element,
-                 p.proj.granule,
-                 stage.rows_at + tile * 2 * padded,
-                 p.low_pitch() * element,
-                 row_buffer};
+      runs[kLow] = {bases.low,
+                    p.proj.pixel,
+                    p.rank * element,
+                    p.proj.granule,
+                    stage.rows_at + tile * 2 * padded,
+                    p.low_pitch() * element,
+                    row_buffer};
     } else {
-      runs[4] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, buffer};
+      runs[kLow] = {bases.delta, p.delta.pixel, channels, p.delta.granule, stage.delta_at, single, buffer};
     }
     const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
     const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
@@ -150,11 +174,13 @@ struct Walk {
   }
 };
 template <Reads kReads>
-__device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& place, const Track& track, int end) {
+__device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& place, const Track& track, int chunk,
+                                         const Contribution& part) {
   Walk* const walk = reinterpret_cast<Walk*>(place.shared + p.walk_at);
   __syncthreads();  // nobody reads what the walk before needed
-  stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x);
-  if (threadIdx.x == 0) *walk = Walk(p, track, end, stage_of<kReads>(p), tile_of(kReads));
+  stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x,
+                 channel_rows(p.rank));
+  if (threadIdx.x == 0) *walk = Walk(p, track, chunk, part, stage_of<kReads>(p), tile_of(kReads));
   __syncthreads();
   return *walk;
 }
@@ -179,8 +205,8 @@ __device__ inline void issue_tile(const BackwardParams& p, const Place& place, c
     reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + token] =
         q < walk.end ? pixel : -1;
 #pragma unroll 1
-  for (int i = warp; i < (kReads == Reads::all ? kRuns : 3); i += blockDim.x / 32) {
-    const Run run = walk.runs[kReads == Reads::all ? i : kReads == Reads::b_x ? 2 * i : min(2 * i + 1, kRuns - 1)];
+  for (int i = warp; i < (kReads != Reads::all ? 3 : p.padded_states == p.states ? 4 : 5); i += blockDim.x / 32) {
+    const Run run = walk.runs[kReads == Reads::b_x ? kB + i : kReads == Reads::all ? kX + i : i < 2 ? kLow + i : kC];
     const char* const from = run.from + int64_t{pixel} * run.pixel;
     char* const to = place.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -230,9 +256,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
   float* const xs = const_cast<float*>(tile.x) + first * spacing.single + place.c;
   float* const dys = const_cast<float*>(tile.dy) + first * spacing.single + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
-  const int low_bytes = p.low_pitch() * (kHalf ? 2 : 4);
-  const char* const low = place.shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * 4) +
-                          kTokens * 2 * p.padded_states * (kHalf ? 2 : 4) + first * low_bytes;
+  const float* const low = tile.low + first * p.low_pitch();
   float bias[CH];
   read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
   // Tokens side by side: the weights are read once for them, and they hide each other's latency.
@@ -255,7 +279,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
 #pragma unroll
         for (int s = 0; s < kSide; ++s) {
           float pair[2];
-          read_activation<2, kHalf>(p, low + (i + s) * lanes * low_bytes, r, pair);
+          read_floats<2>(low + (i + s) * lanes * p.low_pitch() + r, pair);
 #pragma unroll
           for (int c = 0; c < CH; ++c) step[s][c] = fmaf(pair[1], w[1][c], fmaf(pair[0], w[0][c], step[s][c]));
         }
@@ -332,8 +356,15 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
   __syncthreads();  // the tile is there; nobody needs the one before
   if (p.half) {
     float* const rows = floats(stage.decoded_rows_at);
-    for (int i = threadIdx.x * 4; i < kTokens * p.pitch; i += blockDim.x * 4)
-      *reinterpret_cast<float4*>(rows + i) = decode_quad(shared + stage.rows_at + i * 2, p.dtype);
+    auto decode_rows = [&](int from, int to, int thread, int threads) {
+#pragma unroll 1
+      for (int i = from + thread * 4; i < to; i += threads * 4)
+        *reinterpret_cast<float4*>(rows + i) = decode_quad(shared + stage.rows_at + i * 2, p.dtype);
+    };
+    // Every warp decodes the low-rank part, to the same values: it needs them before the block's next barrier.
+    decode_rows(kTokens * 2 * p.padded_states, kTokens * p.pitch, threadIdx.x % 32, 32);
+    decode_rows(0, kTokens * 2 * p.padded_states, threadIdx.x, blockDim.x);
+    __syncwarp();
     tile.rows = rows;
     tile.x = floats(stage.decoded_x_at);
     tile.dy = floats(stage.decoded_dy_at);
@@ -376,13 +407,13 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 
 // Phase 1: the gradient that a chunk hands to the chunk scanned before it, from a zero start, and its sum of steps.
 template <int NS, int CH, int kLanes, bool kSharedDecay>
-__device__ void summarize_chunk(const BackwardParams& p, const Place& place, const Track& track, int begin, int end,
+__device__ void summarize_chunk(const BackwardParams& p, const Place& place, const Track& track, int chunk,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
-  const Walk& walk = begin_walk<Reads::c_dy>(p, place, track, end);
+  const Walk& walk = begin_walk<Reads::c_dy>(p, place, track, chunk, Contribution{});
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
   const Spacing<kLanes> spacing(p);
-  const int tiles = (end - begin + kWideTile - 1) / kWideTile;
+  const int begin = chunk * p.chunk, tiles = (walk.end - begin + kWideTile - 1) / kWideTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
   issue_tile<Reads::c_dy>(p, place, walk, first_token(0), 0);
 #pragma unroll 1
@@ -423,11 +454,13 @@ __device__ inline int sum_over_lanes(float (&v)[NV], int first, int last, int la
   }
   int off = first;
 #pragma unroll
-  for (int count = NV / 2; count >= 1; count /= 2) {
-    if (off < last) {
+  for (int level = 1; level <= 5; ++level) {
+    const int count = NV >> level;
+    if (count > 0 && off < last) {
       const bool upper = lane_id & off;
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < NV / 2; ++i) {
+        if (i >= count) break;
         const float sent = upper ? v[i] : v[i + count], kept = upper ? v[i + count] : v[i];
         v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, off);
       }
@@ -450,39 +483,42 @@ template <int NS, int kLanes>
 __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, int lane_id, float* to) {
   static_assert(NS % 4 == 0, "pairs of states");
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, states = NS * lanes;
-  const int pair_shift = (kLanes == kDefaultLanes ? 2 : p.lane_shift) + (NS == 8 ? 2 : 1);
   __syncwarp();
-#pragma unroll 1
-  for (int i = lane_id; i < kBatch * states / 2; i += 32) {
-    const int t = i >> pair_shift, pair = i - (t << pair_shift);
-    const float* from = scratch + t * (32 * NS + kBatchPad) + pair * 2;
+  if constexpr (owns_tokens(kLanes)) {  // a pair for each lane of the warp, or every kParts-th of a pair's terms
+    constexpr int kParts = kBatch / kLanes, kPairs = NS * kLanes / 2;
+    const int t = lane_id / (kParts * kPairs), part = lane_id / kPairs % kParts, pair = lane_id % kPairs;
+    const float* from = scratch + t * (32 * NS + kBatchPad) + part * NS * kLanes + pair * 2;
     float2 sum = *reinterpret_cast<const float2*>(from);
-#pragma unroll(kLanes > 0 ? 32 / kLanes : 1)
-    for (int group = 1; group < 32 / lanes; ++group) {
-      const float2 v = *reinterpret_cast<const float2*>(from + group * states);
+#pragma unroll
+    for (int i = kParts; i < 32 / kLanes; i += kParts) {
+      const float2 v = *reinterpret_cast<const float2*>(from + i * NS * kLanes);
       sum.x += v.x;
       sum.y += v.y;
     }
-    *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
-    if constexpr (kLanes == kDefaultLanes) break;  // a pair for each lane of the warp
+#pragma unroll
+    for (int off = 1; off < kParts; off *= 2) {
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, off * kPairs);
+      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, off * kPairs);
+    }
+    if (part == 0) *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
+  } else {
+    const int pair_shift = p.lane_shift + (NS == 8 ? 2 : 1);
+#pragma unroll 1
+    for (int i = lane_id; i < kBatch * states / 2; i += 32) {
+      const int t = i >> pair_shift, pair = i - (t << pair_shift);
+      const float* from = scratch + t * (32 * NS + kBatchPad) + pair * 2;
+      float2 sum = *reinterpret_cast<const float2*>(from);
+#pragma unroll 1
+      for (int group = 1; group < 32 / lanes; ++group) {
+        const float2 v = *reinterpret_cast<const float2*>(from + group * states);
+        sum.x += v.x;
+        sum.y += v.y;
+      }
+      *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
+    }
   }
   __syncwarp();
 }
-
-// The gradients that a thread accumulates over a chunk: of its states, and of its share of the tokens.
-template <int NS, int CH, bool kSharedDecay>
-struct ParameterGradients {
-  float a[CH][kSharedDecay ? 1 : NS];
-  float bias[CH], skip[CH];
-};
-
-// Which of the contributions to a row of dproj this walk is.
-struct Contribution {
-  bool first_low, last_low;  // to the low-rank part: one per block of channels
-  bool first_bc, last_bc;    // to B and C: as many, times the modalities that read them
-  bool zero_own_bc;          // nobody reads this modality's B and C
-  bool first_dx, last_dx;    // to dx: one per path
-};
 
 // Two neighbouring elements of an output of type dtype, at an even element.
 __device__ inline void store_pair(void* to, int64_t i, float2 v, const BackwardParams& p) {
@@ -500,8 +536,8 @@ __device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
 }
 
 // After a tile: the warps' sums become rows of dproj, four columns a thread. Between two barriers.
-__device__ inline void write_dproj(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                   const Contribution& part) {
+__device__ inline void write_dproj(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile) {
+  const Contribution part = walk.part;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int quads = static_cast<int>(p.by_quads.divisor);
 #pragma unroll 1
@@ -562,7 +598,23 @@ __device__ inline void write_dproj(const BackwardParams& p, const Place& place, 
   }
 }
 
-// dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx.
+// What the paths before left in dx_sum, where this one writes dx in a 16-bit type; else zeros.
+template <int CH>
+__device__ inline void read_dx(const BackwardParams& p, int64_t from, int exist, float (&dx)[CH]) {
+  if (CH == 2 && p.channels % 2 == 0) {  // both channels or none
+    if (exist < CH) return;
+    const float2 pair = __ldcg(reinterpret_cast<const float2*>(p.dx_sum + from));
+    dx[0] = pair.x;
+    dx[CH - 1] = pair.y;
+  } else {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+      if (c < exist) dx[c] = __ldcg(p.dx_sum + from + c);
+  }
+}
+
+// dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx. Where it leaves in a
+// 16-bit type it comes with what read_dx found.
 template <int CH>
 __device__ inline void write_dx(const BackwardParams& p, const Contribution& part, int64_t to, int exist,
                                 const float (&dx)[CH]) {
@@ -570,13 +622,7 @@ __device__ inline void write_dx(const BackwardParams& p, const Contribution& par
     if (p.channels % 2 == 0) {  // both channels or none
       if (exist < CH) return;
       if (p.half && part.last_dx) {
-        float2 sum = make_float2(dx[0], dx[1]);
-        if (!part.first_dx) {
-          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dx_sum + to));
-          sum.x = before.x + sum.x;
-          sum.y = before.y + sum.y;
-        }
-        store_pair(p.dx, to, sum, p);
+        store_pair(p.dx, to, make_float2(dx[0], dx[1]), p);
       } else if (part.first_dx) {
         write_floats<CH>(p.dx_sum + to, dx);
       } else {
@@ -590,7 +636,7 @@ __device__ inline void write_dx(const BackwardParams& p, const Contribution& par
     if (c >= exist) break;
     const float one[1] = {c == 0 ? dx[0] : dx[CH - 1]};
     if (p.half && part.last_dx) {
-      store_as(p.dx, to + c, part.first_dx ? one[0] : __ldcg(p.dx_sum + to + c) + one[0], p);
+      store_as(p.dx, to + c, one[0], p);
     } else if (part.first_dx) {
       p.dx_sum[to + c] = one[0];
     } else {
@@ -624,30 +670,45 @@ __device__ inline void finish_sums(const BackwardParams& p, const float (&step)[
   }
 }
 
+// Tokens of a tile whose sums a lane keeps.
+constexpr int own_tokens(int lanes) { return owns_tokens(lanes) ? kTile / lanes : 1; }
+
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
-template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+template <int CH, int kLanes, bool kZoh>
 __device__ inline void finish_tokens(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                     const Contribution& part, const float (&own)[kTile / kBatch][2 * CH],
-                                     ParameterGradients<NS, CH, kSharedDecay>& grads) {
+                                     const float (&own)[own_tokens(kLanes)][2 * CH]) {
+  const Contribution part = walk.part;
   const Spacing<kLanes> spacing(p);
   constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
-  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
   const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
   const int first = opaque(place.lane);
-  float draw[kShare][CH] = {}, skip[CH];
+  const int exist = p.channels - walk.track.first_d - place.c;
+  float draw[kShare][CH] = {}, dx[kShare][CH] = {}, skip[CH], dbias[CH], dskip[CH];
+  if (p.half && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int t = first + i * lanes, pixel = kLanes == 0 && t >= kTile ? -1 : tile.pixels[t];
+      if (pixel >= 0) read_dx<CH>(p, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx[i]);
+    }
+  }
+  const int sums_row = blockDim.x * CH;
+  float* sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
+  read_floats<CH>(sums + kBiasRow * sums_row, dbias);
+  read_floats<CH>(sums + kSkipRow * sums_row, dskip);
   read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
     if (kLanes == 0 && t >= kTile) break;
     const int at = t * spacing.single;
-    float sum[2 * CH], x[CH], dy[CH], dx[CH];
+    float sum[2 * CH], x[CH], dy[CH];
     const float* const token = tile.tokens + t * spacing.twin + place.c * 2;
     read_floats<CH>(tile.x + at + place.c, x);
     read_floats<CH>(tile.dy + at + place.c, dy);
-    if constexpr (kLanes == kDefaultLanes) {
+    if constexpr (owns_tokens(kLanes)) {
 #pragma unroll
       for (int v = 0; v < 2 * CH; ++v) sum[v] = own[i][v];
     } else {
@@ -655,19 +716,19 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     }
     if constexpr (kLanes != 1) {
       float step[CH];
-      read_floats<CH>(kLanes == kDefaultLanes ? token : steps + at, step);
+      read_floats<CH>(owns_tokens(kLanes) ? token : steps + at, step);
       finish_sums<CH, kZoh>(p, step, x, sum);
     }
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       draw[i][c] = sum[c];
-      dx[c] = fmaf(skip[c], dy[c], sum[CH + c]);
-      grads.bias[c] += draw[i][c];
-      grads.skip[c] = fmaf(dy[c], x[c], grads.skip[c]);
+      dx[i][c] += fmaf(skip[c], dy[c], sum[CH + c]);
+      dbias[c] += draw[i][c];
+      dskip[c] = fmaf(dy[c], x[c], dskip[c]);
     }
-    const int pixel = tile.pixels[t], exist = p.channels - walk.track.first_d - place.c;
+    const int pixel = tile.pixels[t];
     if (pixel >= 0) {
-      write_dx<CH>(p, part, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx);
+      write_dx<CH>(p, part, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx[i]);
       if (p.ddelta != nullptr) {
         const int64_t to = at_pixel(walk.ddelta + place.c, pixel, walk.ddelta_pixel);
 #pragma unroll
@@ -678,31 +739,293 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   }
   float* warp_sums =
       reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
-  float* dweight = reinterpret_cast<float*>(place.shared + p.dweight_at) + threadIdx.x * CH;
+  write_floats<CH>(sums + kBiasRow * sums_row, dbias);
+  write_floats<CH>(sums + kSkipRow * sums_row, dskip);
+  sums += kWeightRows * sums_row;
   const float* weights = channels + kWeightRows * p.block_channels;
   const float* values = tile.low + first * p.low_pitch();
+  // Two at a time; zeros follow an odd rank.
 #pragma unroll 1
-  for (int r = 0; r < p.rank; ++r, ++warp_sums, ++values, weights += p.block_channels, dweight += blockDim.x * CH) {
-    float w[CH], dw[CH], low[kShare] = {};
-    read_floats<CH>(weights, w);
-    read_floats<CH>(dweight, dw);
+  for (int r = 0; r < p.rank; r += 2, warp_sums += 2, values += 2) {
+    float w[2][CH], dw[2][CH], low[2 * kShare] = {};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      read_floats<CH>(weights + k * p.block_channels, w[k]);
+      read_floats<CH>(sums + k * sums_row, dw[k]);
+    }
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       if (kLanes == 0 && first + i * lanes >= kTile) break;
-      const float value = values[i * lanes * p.low_pitch()];
+      float value[2];
+      read_floats<2>(values + i * lanes * p.low_pitch(), value);
 #pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        low[i] = fmaf(draw[i][c], w[c], low[i]);
-        dw[c] = fmaf(draw[i][c], value, dw[c]);
+      for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          low[k * kShare + i] = fmaf(draw[i][c], w[k][c], low[k * kShare + i]);
+          dw[k][c] = fmaf(draw[i][c], value[k], dw[k][c]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) write_floats<CH>(sums + k * sums_row, dw[k]);
+    weights += 2 * p.block_channels;
+    sums += 2 * sums_row;
+    const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
+    const int held = max(1, 2 * kShare * lanes / 32);
+#pragma unroll
+    for (int v = 0; v < 2 * kShare; ++v) {
+      const int k = (base + v) / kShare, t = first + (base + v) % kShare * lanes;
+      if (v < held && lane_id < 2 * kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch + k] = low[v];
+    }
+  }
+}
+
+// The memory of a thread's warp.
+template <int NS>
+struct WarpMemory {
+  static constexpr int kPitch = 32 * NS + kBatchPad;  // between the tokens of a batch
+  int lane_id;
+  float *sums, *scratch;  // rows of dproj; values to be summed over the lanes
+  __device__ WarpMemory(const BackwardParams& p, const Place& place) : lane_id(threadIdx.x % 32) {
+    const int warp = threadIdx.x / 32;
+    sums = reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch;
+    scratch = reinterpret_cast<float*>(place.shared + p.scratch_at) + warp * kBatch * kPitch;
+  }
+};
+
+// The gradients of B or C of the thread's channels, token by token, to be summed over the warp's channels; `column` is
+// where they belong in a row of dproj.
+template <int NS, int kLanes>
+struct StateSums {
+  const BackwardParams& p;
+  const WarpMemory<NS>& warp;
+  const int column;
+  float single[NS == 1 ? kTile : 1];
+
+  // Token j of the tile; `complete`: it is the last of its batch to come.
+  __device__ void add(int j, const float (&v)[NS], bool complete) {
+    if constexpr (NS == 1) {
+      single[j] = v[0];
+    } else {
+      float* const to = warp.scratch + j % kBatch * WarpMemory<NS>::kPitch + warp.lane_id * NS;
+#pragma unroll
+      for (int n = 0; n < NS; n += 4) write_floats<4>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
+      if (complete)
+        sum_batch<NS, kLanes>(p, warp.scratch, warp.lane_id, warp.sums + (j - j % kBatch) * p.pitch + column);
+    }
+  }
+  __device__ void finish() {
+    if constexpr (NS == 1) {
+      const int t = sum_over_lanes<1, 32>(single, 1, 32, warp.lane_id);
+      if (warp.lane_id < kTile) warp.sums[t * p.pitch + column] = single[0];
+    }
+  }
+};
+
+// The sums over a channel's lanes, for the tokens that are this lane's; `scratch` holds [kBatch, lane of the warp,
+// 2 * CH] with kSumPitch values between tokens: lanes that read different tokens find them in different banks.
+template <int CH>
+constexpr int kSumPitch = 32 * 2 * CH + 4;
+template <int CH, int kLanes>
+__device__ inline void own_sums(const float* from, float (&sum)[2 * CH]) {
+  read_floats<2 * CH>(from, sum);
+#pragma unroll
+  for (int i = 1; i < kLanes; ++i) {
+    float v[2 * CH];
+    read_floats<2 * CH>(from + i * 2 * CH, v);
+#pragma unroll
+    for (int c = 0; c < 2 * CH; ++c) sum[c] += v[c];
+  }
+}
+
+// The states of a thread at the entry of the tiles of a piece, in shared memory: [tile, CH, NS / V, thread, V].
+template <int NS, int CH>
+struct History {
+  static constexpr int V = NS % 4 == 0 ? 4 : 1;
+  float* at;
+  __device__ History(const BackwardParams& p, const Place& place)
+      : at(reinterpret_cast<float*>(place.shared + p.history_at) + threadIdx.x * V) {}
+  __device__ float* part(int tile, int c, int j) const {
+    return at + ((tile * CH + c) * (NS / V) + j / V) * static_cast<int>(blockDim.x) * V;
+  }
+  __device__ void save(int tile, const float (&h)[CH][NS]) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+#pragma unroll
+      for (int j = 0; j < NS; j += V) {
+        float v[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) v[i] = h[c][j + i];
+        write_floats<V>(part(tile, c, j), v);
+      }
+  }
+  __device__ void load(int tile, float (&h)[CH][NS]) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+#pragma unroll
+      for (int j = 0; j < NS; j += V) {
+        float v[V];
+        read_floats<V>(part(tile, c, j), v);
+#pragma unroll
+        for (int i = 0; i < V; ++i) h[c][j + i] = v[i];
+      }
+  }
+};
+
+// Along the scan through a tile: the state before each token, and the gradients of C.
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ __forceinline__ void rebuild_tile(const BackwardParams& p, const Place& place, const WarpMemory<NS>& warp,
+                                             const Tile& tile, const float (&a)[CH][kSharedDecay ? 1 : NS],
+                                             float (&h)[CH][NS], float (&state)[kTile][CH][NS]) {
+  const Spacing<kLanes> spacing(p);
+  StateSums<NS, kLanes> dc_sums = {p, warp, p.padded_states};
+#pragma unroll
+  for (int j = 0; j < kTile; ++j) {
+    const int t = spacing.slot(j);
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+#pragma unroll
+      for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
+    advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, t, h);
+    float dy[CH], dc[NS];
+    read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
+#pragma unroll
+    for (int n = 0; n < NS; ++n) {
+      dc[n] = dy[0] * h[0][n];
+#pragma unroll
+      for (int c = 1; c < CH; ++c) dc[n] = fmaf(dy[c], h[c][n], dc[n]);
+    }
+    dc_sums.add(j, dc, j % kBatch == kBatch - 1);
+  }
+  dc_sums.finish();
+}
+
+// Against the scan through a tile: the gradients of its states, and what becomes of them. The sums over a channel's
+// states, d step and dh * B (zoh: dx), go to `own` or to the place of the step and the input.
+template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
+__device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Place& place, const WarpMemory<NS>& warp,
+                                             const Tile& tile, const float (&a)[CH][kSharedDecay ? 1 : NS],
+                                             const float (&state)[kTile][CH][NS], float (&g)[CH][NS],
+                                             float (&own)[own_tokens(kLanes)][2 * CH],
+                                             float (&da)[CH][kSharedDecay ? 1 : NS]) {
+  constexpr bool kOwned = owns_tokens(kLanes);
+  static_assert(!kOwned || (kBatch % kLanes == 0 && kSumPitch<CH> <= WarpMemory<NS>::kPitch),
+                "as many tokens for each lane, in the same memory");
+  const Spacing<kLanes> spacing(p);
+  const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
+  StateSums<NS, kLanes> db_sums = {p, warp, 0};
+  float batch_sums[kBatch][2 * CH];
+#pragma unroll
+  for (int j = kTile - 1; j >= 0; --j) {
+    const int t = spacing.slot(j);
+    const float* row = tile.rows + t * spacing.bc + place.lane * NS;
+    float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
+    float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
+    read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
+    read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
+    read_floats<NS>(row, b);
+    read_floats<NS>(row + spacing.bc / 2, c_row);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+      float dz_sum = 0.f;  // with a shared decay, over the states
+#pragma unroll
+      for (int n = 0; n < NS; ++n) {
+        const float a_n = a[c][kSharedDecay ? 0 : n];
+        const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
+        const float dh = fmaf(c_row[n], dy[c], g[c][n]);
+        g[c][n] = e * dh;
+        if constexpr (kSharedDecay && !kZoh) {
+          dz_sum = fmaf(g[c][n], state[j][c][n], dz_sum);
+          sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+          db[n] = fmaf(token[CH + c], dh, db[n]);
+          continue;
+        }
+        const float dz = g[c][n] * state[j][c][n];
+        if constexpr (kZoh) {
+          const float natural = a_n * kLn2, z = token[c] * natural;
+          const float bbar = zoh_weight(token[c], z, e, natural), x = token[CH + c], dbbar = dh * b[n] * x;
+          da[c][kSharedDecay ? 0 : n] += fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
+          sum[c] += fmaf(dbbar, e, natural * dz);
+          sum[CH + c] = fmaf(bbar, dh * b[n], sum[CH + c]);
+          db[n] = fmaf(bbar * x, dh, db[n]);
+        } else {
+          float& da_n = da[c][kSharedDecay ? 0 : n];
+          da_n = fmaf(token[c], dz, da_n);
+          sum[c] = fmaf(a_n, dz, sum[c]);
+          sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+          db[n] = fmaf(token[CH + c], dh, db[n]);
+        }
+      }
+      if constexpr (kSharedDecay && !kZoh) {
+        da[c][0] = fmaf(token[c], dz_sum, da[c][0]);
+        sum[c] = a[c][0] * dz_sum;
       }
     }
-    write_floats<CH>(dweight, dw);
-    const int base = sum_over_lanes<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, lane_id);
-    const int held = max(1, kShare * lanes / 32);
+    db_sums.add(j, db, j % kBatch == 0);
+    if constexpr (kOwned) {
 #pragma unroll
-    for (int v = 0; v < kShare; ++v) {
-      const int t = first + (base + v) * lanes;
-      if (v < held && lane_id < kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch] = low[v];
+      for (int v = 0; v < 2 * CH; ++v) batch_sums[j % kBatch][v] = sum[v];
+      if (j % kBatch == 0) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          write_floats<2 * CH>(warp.scratch + i * kSumPitch<CH> + warp.lane_id * 2 * CH, batch_sums[i]);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kBatch; i += kLanes)
+          own_sums<CH, kLanes>(warp.scratch + (place.lane + i) * kSumPitch<CH> + (warp.lane_id - place.lane) * 2 * CH,
+                               own[(j - j % kBatch + i) / kLanes]);
+        __syncwarp();
+      }
+      continue;
+    }
+    if constexpr (kLanes == 1) {  // at once what finish_tokens leaves to do for the other layouts
+      float x[CH];
+      read_floats<CH>(tile.x + t * spacing.single + place.c, x);
+      finish_sums<CH, kZoh>(p, token, x, sum);
+    }
+    // In the place of the step and the input, which no lane of the channel needs any more.
+    const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, warp.lane_id);
+    const int sum_held = max(1, 2 * CH / lanes);
+#pragma unroll
+    for (int v = 0; v < 2 * CH; ++v)
+      if (v < sum_held && place.lane < 2 * CH) tile.tokens[t * spacing.twin + place.c * 2 + sum_base + v] = sum[v];
+  }
+  db_sums.finish();
+  __syncwarp();
+}
+
+// This chunk's part of the parameter gradients.
+template <int NS, int CH, bool kSharedDecay>
+__device__ inline void write_parameters(const BackwardParams& p, const Place& place, const Walk& walk,
+                                        const float (&da)[CH][kSharedDecay ? 1 : NS]) {
+  const Track track = walk.track;
+  const int d = track.first_d + place.c;
+  const float* const sums = reinterpret_cast<const float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
+  const int64_t parameters = int64_t{p.modalities} * p.paths * p.channels;
+  const int64_t mkd = (int64_t{track.b} * p.chunks + walk.chunk) * parameters + track.mk(p) * p.channels + d;
+  auto over_lanes = [&](float v) {
+    for (int off = 1; off < p.state_lanes; off *= 2) v += __shfl_xor_sync(0xffffffffu, v, off);
+    return v;
+  };
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    const bool exists = d + c < p.channels, writes = exists && place.lane == 0;
+#pragma unroll 1
+    for (int row = 0; row < kWeightRows + p.rank; ++row) {
+      const float sum = over_lanes(sums[row * blockDim.x * CH + c]);
+      float* const to = row == kBiasRow ? p.ddt_bias : row == kSkipRow ? p.dd : p.ddt_weight + row - kWeightRows;
+      if (writes && to != nullptr) to[(mkd + c) * (row < kWeightRows ? 1 : p.rank)] = sum;
+    }
+    if constexpr (kSharedDecay) {
+      const float sum = over_lanes(da[c][0]);
+      if (writes) p.da[mkd + c] = sum;
+    } else {
+#pragma unroll
+      for (int j = 0; j < NS; ++j) {
+        const int n = place.lane * NS + j;
+        if (exists && n < p.states) p.da[(mkd + c) * p.states + n] = da[c][j];
+      }
     }
   }
 }
@@ -710,63 +1033,22 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
 // Phase 3: one chunk of one path, against the scan. g is the gradient that the chunk scanned next hands over.
 // kLanes: state_lanes where known at compile time, else 0.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ void walk_back(const BackwardParams& p, const Place& place, const Track& track, int chunk,
-                          const Contribution& part, float (&g)[CH][NS]) {
-  const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
-  const Walk& walk = begin_walk<Reads::all>(p, place, track, end);
-  const int d = track.first_d + place.c;
-  const int lane_id = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  constexpr int kDecays = kSharedDecay ? 1 : NS;
-  float a[CH][kDecays];
-  load_decays<NS, CH, kSharedDecay>(p, track, d, place.lane, a);
-  ParameterGradients<NS, CH, kSharedDecay> grads = {};
-  float* const dweight = reinterpret_cast<float*>(place.shared + p.dweight_at);
-  for (int i = 0; i < p.rank * CH; ++i) dweight[i * blockDim.x + threadIdx.x] = 0.f;
-  float* const history = reinterpret_cast<float*>(place.shared + p.history_at);  // [tile, CH, NS / V, thread, V]
-  constexpr int V = NS % 4 == 0 ? 4 : 1;
-  auto history_at = [&](int tile, int c, int j) {
-    return history + (((tile * CH + c) * (NS / V) + j / V) * blockDim.x + threadIdx.x) * V;
-  };
-  float* const warp_sums = reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch;
-  constexpr int kBatchPitch = 32 * NS + kBatchPad;
-  float* const scratch = reinterpret_cast<float*>(place.shared + p.scratch_at) + warp * kBatch * kBatchPitch;
-  const Spacing<kLanes> spacing(p);
+__device__ void walk_back(const BackwardParams& p, const Place& place, const Walk& walk, float (&g)[CH][NS]) {
+  float a[CH][kSharedDecay ? 1 : NS];
+  load_decays<NS, CH, kSharedDecay>(p, walk.track, walk.track.first_d + place.c, place.lane, a);
+  float da[CH][kSharedDecay ? 1 : NS] = {};
+  // The gradients of what is staged of the channels, of the thread's share of the tokens: rows like theirs.
+  float* const channel_sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at);
+  for (int i = 0; i < channel_rows(p.rank) * CH; ++i) channel_sums[i * blockDim.x + threadIdx.x] = 0.f;
+  const History<NS, CH> history(p, place);
+  const WarpMemory<NS> warp(p, place);
 
-  // The gradients of B or C of one token of a batch, of the thread's channels.
-  auto write_batch = [&](int j, const float (&v)[NS]) {
-    float* const to = scratch + j * kBatchPitch + lane_id * NS;
-    if constexpr (NS % 4 == 0) {
-#pragma unroll
-      for (int n = 0; n < NS; n += 4) write_floats<4>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
-    }
-  };
-  // The sums over a channel's lanes, of the token of a batch that is this lane's.
-  constexpr bool kOwned = kLanes == kDefaultLanes;
-  constexpr int kSumPitch = 32 * 2 * CH + 4;  // the lanes of a channel read different tokens, from different banks
-  static_assert(!kOwned || (kLanes == kBatch && kSumPitch <= kBatchPitch), "a token for each lane, in the same memory");
-  auto own_sums = [&](const float* from, float (&sum)[2 * CH]) {
-    read_floats<2 * CH>(from, sum);
-#pragma unroll
-    for (int i = 1; i < kLanes; ++i) {
-      float v[2 * CH];
-      read_floats<2 * CH>(from + i * 2 * CH, v);
-#pragma unroll
-      for (int c = 0; c < 2 * CH; ++c) sum[c] += v[c];
-    }
-  };
-  // Those of a tile, of a channel with one state.
-  auto write_single = [&](float (&v)[NS == 1 ? kTile : 1], int column) {
-    const int t = sum_over_lanes<1, 32>(v, 1, 32, lane_id);
-    if (lane_id < kTile) warp_sums[t * p.pitch + column] = v[0];
-  };
-
-  const int pieces = (end - begin + int{kCheckpoint} - 1) / int{kCheckpoint};
-  const int64_t plane = int64_t{p.states} * p.channels;
 #pragma unroll 1
-  for (int piece = 0; piece < pieces; ++piece) {
-    const int piece_begin = begin + (track.reversed ? piece : pieces - 1 - piece) * int{kCheckpoint};
-    const int tiles = (min(piece_begin + int{kCheckpoint}, end) - piece_begin + kTile - 1) / kTile;
-    auto first_token = [&](int tile) { return piece_begin + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
+  for (int piece = 0; piece < walk.pieces; ++piece) {
+    const int place_of_piece = walk.track.reversed ? piece : walk.pieces - 1 - piece;
+    const int piece_begin = walk.chunk * p.chunk + place_of_piece * int{kCheckpoint};
+    const int tiles = (min(piece_begin + int{kCheckpoint}, walk.end) - piece_begin + kTile - 1) / kTile;
+    auto first_token = [&](int tile) { return piece_begin + (walk.track.reversed ? tiles - 1 - tile : tile) * kTile; };
     __syncthreads();  // the buffers of the piece before are free
     if (tiles > 1) {
       issue_tile<Reads::b_x>(p, place, walk, first_token(0), 0);
@@ -774,20 +1056,12 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Tra
       issue_tile<Reads::all>(p, place, walk, first_token(0), 0);
     }
     float h[CH][NS] = {};
-    load_state<NS, CH>(p, p.saved_states + (track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint}) * plane, d,
-                       place.lane, h);
+    const int64_t saved = walk.track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint};
+    load_state<NS, CH>(p, p.saved_states + saved * p.states * p.channels, walk.track.first_d + place.c, place.lane, h);
     // Along the scan: the state at the entry of every tile.
 #pragma unroll 1
     for (int i = 0; i < tiles - 1; ++i) {
-#pragma unroll
-      for (int c = 0; c < CH; ++c)
-#pragma unroll
-        for (int j = 0; j < NS; j += V) {
-          float part_of[V];
-#pragma unroll
-          for (int v = 0; v < V; ++v) part_of[v] = h[c][j + v];
-          write_floats<V>(history_at(i, c, j), part_of);
-        }
+      history.save(i, h);
       const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
         if (i + 2 < tiles) {
           issue_tile<Reads::b_x>(p, place, walk, first_token(i + 1), ~i & 1);
@@ -801,174 +1075,25 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Tra
     // Against it: tile by tile.
 #pragma unroll 1
     for (int i = tiles - 1; i >= 0; --i) {
-      const int q0 = first_token(i);
-      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, place, walk, q0, i & 1, [&] {
+      const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
         if (i > 0) issue_tile<Reads::all>(p, place, walk, first_token(i - 1), ~i & 1);
       });
-      if (i < tiles - 1) {
-#pragma unroll
-        for (int c = 0; c < CH; ++c)
-#pragma unroll
-          for (int j = 0; j < NS; j += V) {
-            float part_of[V];
-            read_floats<V>(history_at(i, c, j), part_of);
-#pragma unroll
-            for (int v = 0; v < V; ++v) h[c][j + v] = part_of[v];
-          }
-      }
-      float state[kTile][CH][NS];  // before each token
-      float batch_sums[kBatch][2 * CH], own[kTile / kBatch][2 * CH];
-      float single_db[NS == 1 ? kTile : 1], single_dc[NS == 1 ? kTile : 1];
-#pragma unroll
-      for (int j = 0; j < kTile; ++j) {
-        const int t = spacing.slot(j);
-#pragma unroll
-        for (int c = 0; c < CH; ++c)
-#pragma unroll
-          for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
-        advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, t, h);
-        float dy[CH], dc[NS];
-        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
-#pragma unroll
-        for (int n = 0; n < NS; ++n) {
-          dc[n] = dy[0] * h[0][n];
-#pragma unroll
-          for (int c = 1; c < CH; ++c) dc[n] = fmaf(dy[c], h[c][n], dc[n]);
-        }
-        if constexpr (NS == 1) {
-          single_dc[j] = dc[0];
-        } else {
-          write_batch(j % kBatch, dc);
-          if (j % kBatch == kBatch - 1)
-            sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + (j - kBatch + 1) * p.pitch + p.padded_states);
-        }
-      }
-      if constexpr (NS == 1) write_single(single_dc, p.padded_states);
-#pragma unroll
-      for (int j = kTile - 1; j >= 0; --j) {
-        const int t = spacing.slot(j);
-        const float* row = tile.rows + t * spacing.bc + place.lane * NS;
-        float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
-        float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
-        read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
-        read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
-        read_floats<NS>(row, b);
-        read_floats<NS>(row + spacing.bc / 2, c_row);
-#pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          const float shared_decay = kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
-          float dz_sum = 0.f;  // with a shared decay, over the states
-#pragma unroll
-          for (int n = 0; n < NS; ++n) {
-            const float a_n = a[c][kSharedDecay ? 0 : n];
-            const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
-            const float dh = fmaf(c_row[n], dy[c], g[c][n]);
-            g[c][n] = e * dh;
-            if constexpr (kSharedDecay && !kZoh) {
-              dz_sum = fmaf(g[c][n], state[j][c][n], dz_sum);
-              sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
-              db[n] = fmaf(token[CH + c], dh, db[n]);
-              continue;
-            }
-            const float dz = g[c][n] * state[j][c][n];
-            if constexpr (kZoh) {
-              const float natural = a_n * kLn2, z = token[c] * natural;
-              const float bbar = zoh_weight(token[c], z, e, natural), x = token[CH + c], dbbar = dh * b[n] * x;
-              grads.a[c][kSharedDecay ? 0 : n] +=
-                  fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
-              sum[c] += fmaf(dbbar, e, natural * dz);
-              sum[CH + c] = fmaf(bbar, dh * b[n], sum[CH + c]);
-              db[n] = fmaf(bbar * x, dh, db[n]);
-            } else {
-              float& da = grads.a[c][kSharedDecay ? 0 : n];
-              da = fmaf(token[c], dz, da);
-              sum[c] = fmaf(a_n, dz, sum[c]);
-              sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
-              db[n] = fmaf(token[CH + c], dh, db[n]);
-            }
-          }
-          if constexpr (kSharedDecay && !kZoh) {
-            grads.a[c][0] = fmaf(token[c], dz_sum, grads.a[c][0]);
-            sum[c] = a[c][0] * dz_sum;
-          }
-        }
-        if constexpr (NS == 1) {
-          single_db[j] = db[0];
-        } else {
-          write_batch(j % kBatch, db);
-          if (j % kBatch == 0) sum_batch<NS, kLanes>(p, scratch, lane_id, warp_sums + j * p.pitch);
-        }
-        if constexpr (kOwned) {
-#pragma unroll
-          for (int v = 0; v < 2 * CH; ++v) batch_sums[j % kBatch][v] = sum[v];
-          if (j % kBatch == 0) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-              write_floats<2 * CH>(scratch + i * kSumPitch + lane_id * 2 * CH, batch_sums[i]);
-            __syncwarp();
-            own_sums(scratch + place.lane * kSumPitch + (lane_id - place.lane) * 2 * CH, own[j / kBatch]);
-            __syncwarp();
-          }
-          continue;
-        }
-        if constexpr (kLanes == 1) {  // at once what finish_tokens leaves to do for the other layouts
-          float x[CH];
-          read_floats<CH>(tile.x + t * spacing.single + place.c, x);
-          finish_sums<CH, kZoh>(p, token, x, sum);
-        }
-        // In the place of the step and the input, which no lane of the channel needs any more.
-        const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, lane_id);
-        const int sum_held = max(1, 2 * CH / lanes);
-#pragma unroll
-        for (int v = 0; v < 2 * CH; ++v)
-          if (v < sum_held && place.lane < 2 * CH) tile.tokens[t * spacing.twin + place.c * 2 + sum_base + v] = sum[v];
-      }
-      if constexpr (NS == 1) write_single(single_db, 0);
-      __syncwarp();
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, tile, part, own, grads);
+      if (i < tiles - 1) history.load(i, h);
+      float state[kTile][CH][NS], own[own_tokens(kLanes)][2 * CH];
+      rebuild_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, h, state);
+      reverse_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, state, g, own, da);
+      finish_tokens<CH, kLanes, kZoh>(p, place, walk, tile, own);
       __syncthreads();
-      write_dproj(p, place, walk, tile, part);
+      write_dproj(p, place, walk, tile);
     }
   }
-
-  // This chunk's part of the parameter gradients.
-  const int64_t parameters = int64_t{p.modalities} * p.paths * p.channels;
-  const int64_t mkd = (int64_t{track.b} * p.chunks + chunk) * parameters + track.mk(p) * p.channels + d;
-#pragma unroll
-  for (int c = 0; c < CH; ++c) {
-    const bool exists = d + c < p.channels;
-    for (int off = 1; off < p.state_lanes; off *= 2) {
-      if constexpr (kSharedDecay) grads.a[c][0] += __shfl_xor_sync(0xffffffffu, grads.a[c][0], off);
-      grads.bias[c] += __shfl_xor_sync(0xffffffffu, grads.bias[c], off);
-      grads.skip[c] += __shfl_xor_sync(0xffffffffu, grads.skip[c], off);
-    }
-    for (int r = 0; r < p.rank; ++r) {
-      float dw = dweight[(r * blockDim.x + threadIdx.x) * CH + c];
-      for (int off = 1; off < p.state_lanes; off *= 2) dw += __shfl_xor_sync(0xffffffffu, dw, off);
-      if (exists && place.lane == 0) p.ddt_weight[(mkd + c) * p.rank + r] = dw;
-    }
-    if (!exists) continue;
-    if constexpr (kSharedDecay) {
-      if (place.lane == 0) p.da[mkd + c] = grads.a[c][0];
-    } else {
-#pragma unroll
-      for (int j = 0; j < NS; ++j) {
-        const int n = place.lane * NS + j;
-        if (n < p.states) p.da[(mkd + c) * p.states + n] = grads.a[c][j];
-      }
-    }
-    if (place.lane == 0) {
-      if (p.ddt_bias != nullptr) p.ddt_bias[mkd + c] = grads.bias[c];
-      if (p.dd != nullptr) p.dd[mkd + c] = grads.skip[c];
-    }
-  }
+  write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
 }
 
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
   extern __shared__ float4 shared_base[];
-  const auto grid = cooperative_groups::this_grid();
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
   const Place place = {static_cast<int>(threadIdx.x) % lanes, static_cast<int>(threadIdx.x) / lanes * CH,
                        reinterpret_cast<char*>(shared_base)};
@@ -982,14 +1107,13 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
   };
   clear();
   if (p.chunks > 1) {
-    const int64_t tasks = int64_t{p.modalities} * p.batch * p.groups * p.paths * p.chunks;
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-      const int chunk = static_cast<int>(task % p.chunks), path = static_cast<int>(task / p.chunks % p.paths);
-      const int64_t sequence = task / p.chunks / p.paths;
-      const Track track(p, sequence / p.groups, path, static_cast<int>(sequence % p.groups));
-      const int begin = chunk * p.chunk, d = track.first_d + place.c;
+    const int tasks = p.modalities * p.batch * p.groups * p.paths * p.chunks;
+    for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
+      const int sequence = task / p.chunks / p.paths, chunk = task % p.chunks;
+      const Track track(p, sequence / p.groups, task / p.chunks % p.paths, sequence % p.groups);
+      const int d = track.first_d + place.c;
       float g[CH][NS] = {}, steps[CH] = {};
-      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, place, track, begin, min(begin + p.chunk, p.tokens), g, steps);
+      summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, place, track, chunk, g, steps);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, place.lane, g);
       if (place.lane == 0) {
@@ -998,46 +1122,48 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
           if (d + c < p.channels) p.chunk_steps[at * p.channels + d + c] = steps[c];
       }
     }
-    grid.sync();
+    cooperative_groups::this_grid().sync();
     prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(place.shared + p.history_at));
     clear();
-    grid.sync();
+    cooperative_groups::this_grid().sync();
   }
-  const int images = p.shared_source ? p.batch : p.modalities * p.batch;
 #pragma unroll 1
   for (int i = 0; i < p.paths; ++i) {
-    if (i == p.row_paths && i > 0) grid.sync();
-    for (int64_t task = blockIdx.x; task < int64_t{images} * p.chunks; task += gridDim.x) {
-      const int image = static_cast<int>(task / p.chunks), chunk = static_cast<int>(task % p.chunks);
-      const int first_m = p.shared_source ? 0 : image / p.batch, last_m = p.shared_source ? 1 : first_m;
-      for (int m = first_m; m <= last_m; ++m) {
-        for (int group = 0; group < p.groups; ++group) {
-          const Track track(p, int64_t{m} * p.batch + image % p.batch, p.order[i], group);
-          float g[CH][NS] = {};
-          if (p.chunks > 1)
-            load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
-                               place.lane, g);
-          const bool first_group = group == 0, last_group = group == p.groups - 1;
-          const Contribution part = {first_group,
-                                     last_group,
-                                     first_group && m == first_m,
-                                     last_group && m == last_m,
-                                     first_group && p.shared_source && p.source(m) != m,
-                                     i == 0 || p.x_per_path,
-                                     i == p.paths - 1 || p.x_per_path};
-          walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, track, chunk, part, g);
-        }
-      }
+    if (i == p.row_paths && i > 0) cooperative_groups::this_grid().sync();
+    // One number for the task and its turn: registers are short.
+#pragma unroll 1
+    for (int at = blockIdx.x * p.turns; at < p.walks;) {
+      const int task = at / p.turns, turn = at - task * p.turns, image = task / p.chunks,
+                chunk = task - image * p.chunks;
+      const int m = turn / p.groups, group = turn - m * p.groups;  // without a shared source, m is 0 here
+      const Track track(p, m * p.batch + image, p.order[i], group);
+      float g[CH][NS] = {};
+      if (p.chunks > 1)
+        load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
+                           place.lane, g);
+      const Contribution part = {group == 0,
+                                 group == p.groups - 1,
+                                 turn == 0,
+                                 turn == p.turns - 1,
+                                 group == 0 && p.shared_source && p.source(track.m) != track.m,
+                                 i == 0 || p.x_per_path,
+                                 i == p.paths - 1 || p.x_per_path};
+      const Walk& walk = begin_walk<Reads::all>(p, place, track, chunk, part);
+      if (threadIdx.x == 0) const_cast<Walk&>(walk).at = at;
+      walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, g);
+      at = walk.at + (walk.part.last_bc ? (gridDim.x - 1) * p.turns + 1 : 1);
     }
   }
 }
 
 using BackwardKernel = void (*)(BackwardParams);
 
-// Whether the kernel is one made for the default layout.
-bool runs_default(const SS2DProblem& problem, const Layout& layout) {
-  return layout.states_per_thread == kDefaultStates && layout.state_lanes == kDefaultLanes &&
-         problem.discretization == Discretization::euler;
+// kLanes of the kernel.
+int known_lanes(const SS2DProblem& problem, const Layout& layout) {
+  if (problem.discretization != Discretization::euler) return 0;
+  if (layout.states_per_thread == 1) return 1;
+  const bool known = layout.states_per_thread == kDefaultStates && owns_tokens(layout.state_lanes);
+  return known ? layout.state_lanes : 0;
 }
 
 // Eight states of one channel only where 32 lanes of four do not suffice.
@@ -1047,6 +1173,8 @@ BackwardKernel kernel_with(const Layout& layout) {
   if constexpr (!kZoh) {
     if (layout.states_per_thread == 4 && layout.state_lanes == 4)
       return ss2d_backward_kernel<4, 2, 4, kSharedDecay, kZoh>;
+    if (layout.states_per_thread == 4 && layout.state_lanes == 2)
+      return ss2d_backward_kernel<4, 2, 2, kSharedDecay, kZoh>;
   }
   if constexpr (!kZoh && !kSharedDecay) {
     if (layout.states_per_thread == 1) return ss2d_backward_kernel<1, 2, 1, kSharedDecay, kZoh>;
@@ -1073,6 +1201,7 @@ Layout layout_of(const SS2DProblem& problem) {
   layout.block_channels = layout.threads / layout.state_lanes * layout.channels_per_thread;
   layout.groups = static_cast<int>(ceil_div(problem.channels, layout.block_channels));
   layout.finish(problem);
+  layout.pitch = 2 * layout.padded_states + static_cast<int>(ceil_div(problem.rank, 4) * 4);  // no more than it needs
   return layout;
 }
 
@@ -1100,18 +1229,18 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
   const int channels = layout.block_channels, rank = static_cast<int>(problem.rank);
-  const bool is_default = runs_default(problem, layout);
-  const int spaced = is_default ? kDefaultChannels : channels;
+  const int lanes = known_lanes(problem, layout);
+  const int spaced = lanes == kDefaultLanes ? kDefaultChannels : channels;
   params.single = single_of(spaced);
   params.twin = twin_of(spaced);
   SharedBytes shared;
   params.walk_at = shared.reserve(sizeof(Walk));
-  params.channels_at = shared.reserve(staged_rows(rank) * channels * 4);
+  params.channels_at = shared.reserve(channel_rows(rank) * channels * 4);
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
-  if (!is_default && layout.states_per_thread > 1) params.steps_at = shared.reserve(kTile * params.single * 4);
-  params.dweight_at = shared.reserve(rank * layout.threads * layout.channels_per_thread * 4);
+  if (lanes == 0) params.steps_at = shared.reserve(kTile * params.single * 4);
+  params.channel_sums_at = shared.reserve(channel_rows(rank) * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
     params.scratch_at = shared.reserve(layout.threads / 32 * kBatch * (32 * layout.states_per_thread + kBatchPad) * 4);
@@ -1170,6 +1299,9 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   params.saved_states = static_cast<const float*>(gradients.states);
   params.x_per_path = gradients.x_per_path;
   params.shared_source = shares_source(problem);
+  const int per_task = params.shared_source ? 2 : 1;
+  params.turns = per_task * params.groups;
+  params.walks = params.modalities / per_task * params.batch * params.chunks * params.turns;
   params.paired = problem.states % 2 == 0 && problem.rank % 2 == 0;
   params.dx = gradients.dx;
   params.dx_sum = is_float ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;

@@ -328,9 +328,10 @@ constexpr int kMinRank = 8;                                 // ranks below are s
 inline __host__ __device__ int staged_rows(int rank) {
   return kWeightRows + (rank > kMinRank ? rank + rank % 2 : kMinRank);
 }
-// Zeros for what does not exist, and to an even R, at least kMinRank; one of `threads` threads' share.
-__device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads) {
-  const int rows = staged_rows(p.rank);
+// `rows` of them, staged_rows(R) where StepWeights reads them: zeros for what does not exist; one of `threads` threads'
+// share.
+__device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads,
+                                      int rows) {
   for (int i = thread; i < rows * p.block_channels; i += threads) {
     const int row = i / p.block_channels, r = row - kWeightRows, d = track.first_d + i - row * p.block_channels;
     const int64_t mkd = track.mk(p) * p.channels + d;
@@ -342,6 +343,9 @@ __device__ inline void stage_channels(const Params& p, const Track& track, float
     }
     to[i] = value;
   }
+}
+__device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads) {
+  stage_channels(p, track, to, thread, threads, staged_rows(p.rank));
 }
 
 // The first of the staged channels' values, for a thread's channels; `channels` is at the first of them. kHeld: rows of
