@@ -356,19 +356,21 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
   __syncthreads();  // the tile is there; nobody needs the one before
   if (p.half) {
     float* const rows = floats(stage.decoded_rows_at);
-    auto decode_rows = [&](int from, int to, int thread, int threads) {
+    const int bc_count = kTokens * 2 * p.padded_states, low_count = kTokens * p.pitch - bc_count;
+    // Every warp decodes a low-rank part of its own: it needs it before the block's next barrier.
+    float* const low = rows + bc_count + static_cast<int>(threadIdx.x / 32) * low_count;
+    auto decode = [&](float* to, int first, int count, int thread, int threads) {
 #pragma unroll 1
-      for (int i = from + thread * 4; i < to; i += threads * 4)
-        *reinterpret_cast<float4*>(rows + i) = decode_quad(shared + stage.rows_at + i * 2, p.dtype);
+      for (int i = thread * 4; i < count; i += threads * 4)
+        *reinterpret_cast<float4*>(to + i) = decode_quad(shared + stage.rows_at + (first + i) * 2, p.dtype);
     };
-    // Every warp decodes the low-rank part, to the same values: it needs them before the block's next barrier.
-    decode_rows(kTokens * 2 * p.padded_states, kTokens * p.pitch, threadIdx.x % 32, 32);
-    decode_rows(0, kTokens * 2 * p.padded_states, threadIdx.x, blockDim.x);
+    decode(low, bc_count, low_count, threadIdx.x % 32, 32);
+    decode(rows, 0, bc_count, threadIdx.x, blockDim.x);
     __syncwarp();
     tile.rows = rows;
     tile.x = floats(stage.decoded_x_at);
     tile.dy = floats(stage.decoded_dy_at);
-    tile.low = rows + kTokens * 2 * p.padded_states;
+    tile.low = low;
     compute_steps<kReads, kZoh, true, CH, kLanes>(p, place, walk, tile, q0, buffer);
     __syncthreads();  // all is decoded
     issue_next();
@@ -1214,7 +1216,8 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
   Stage stage{};
   stage.pixels_at = shared.reserve(2 * tokens * static_cast<int>(sizeof(int)));
   stage.rows_at = shared.reserve(buffers * tokens * layout.pitch * element);
-  if (element == 2) stage.decoded_rows_at = shared.reserve(tokens * layout.pitch * 4);
+  const int low = layout.pitch - 2 * layout.padded_states, warps = layout.threads / 32;
+  if (element == 2) stage.decoded_rows_at = shared.reserve(tokens * (2 * layout.padded_states + warps * low) * 4);
   if (with_x) stage.x_at = shared.reserve(raw_bytes);
   stage.dy_at = shared.reserve(raw_bytes);
   if (element == 2) {
