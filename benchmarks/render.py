@@ -123,6 +123,34 @@ def cpu_table(results: dict) -> str:
     return f"{table(header, lines)}\n\nms, median (range); {where(results['environment'])}."
 
 
+def model_table(results: dict) -> str:
+    """Fusing and training of the whole network."""
+    header = ["task", "size", "precision", "mode", "ms", "images a second", "peak MiB"]
+    lines = [
+        [row["task"], row["size"].replace("x", "×"), row["precision"], row["mode"], spread(row["ms"])]
+        + [f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}"]
+        for row in results["rows"]
+        if "ms" in row
+    ]
+    return table(header, lines)
+
+
+def plot_modules(results: dict, path: Path) -> None:
+    """Where a fused pair's time goes: parts of the network, and kinds of module (each without what it contains)."""
+    from matplotlib import pyplot
+
+    rows = [row for row in results["rows"] if "parts" in row]
+    figure, panels = pyplot.subplots(len(rows), 2, figsize=(11, 3.2 * len(rows)), layout="constrained", squeeze=False)
+    for row, line in zip(rows, panels, strict=True):
+        for panel, of in zip(line, ("parts", "kinds"), strict=True):
+            names = [name for name, ms in row[of].items() if ms >= 0.005 * sum(row[of].values())]
+            panel.barh(names, [row[of][name] for name in names])
+            panel.invert_yaxis()
+            panel.set(title=f"{row['size']} {row['precision']}: {of}", xlabel="ms")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def plot_speedups(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
@@ -187,9 +215,10 @@ TITLES = {"ss2d_cuda": "Cases", "ss2d_cuda_length": "Time against image size", "
 
 
 def write_report(docs: Path) -> None:
-    """docs/benchmarks.md and its plots, of those results that were measured beside peers."""
+    """docs/benchmarks.md and its plots, of those results that were measured beside peers, and of the whole network."""
     found = {name: results for name in TITLES if (results := load(name)) and beside(results["rows"])}
-    if not found:
+    model = load("model_cuda")
+    if not found and not model:
         return
     parts = ["# Benchmarks", "Written by `benchmarks/render.py` from `benchmarks/results`, measured by `diffmf bench`."]
     parts.append(
@@ -212,6 +241,16 @@ def write_report(docs: Path) -> None:
         if "ceilings" in results:
             parts.append(kernel_table(results))
         parts.append(f"{where(results['environment'])}.")
+    if model:
+        plot_modules(model, docs / "model_cuda_modules.png")
+        parts += [
+            "## The network",
+            "Measured by `diffmf bench-model`: the paper's network, random weights, one pair; 4×128×128 is four crops. "
+            "`graph` is one CUDA graph.",
+            model_table(model),
+            "![The network, by part and by kind of module](model_cuda_modules.png)",
+            f"{where(model['environment'])}.",
+        ]
     (docs / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -49,11 +49,18 @@ def test_tables_and_plots_of_results_with_peers(render, tmp_path, monkeypatch):
     files = {"ss2d_cuda": ["paper", "paper-bf16"], "ss2d_cuda_sweep": ["n1", "n4"], "ss2d_cuda_length": bench.LENGTH}
     for file, names in files.items():
         (tmp_path / f"{file}.json").write_text(json.dumps(made_up(names)))
+    timed = {"task": "fuse", "size": "8x16", "precision": "bf16", "mode": "graph", "ms": time(4)}
+    timed |= {"images_per_second": 250, "peak_mib": 7}
+    modules = {"task": "modules", "size": "8x16", "precision": "bf16", "mode": "eager"}
+    modules |= {"parts": {"stem": 1.0, "decoder": 2.0}, "kinds": {"SS2D": 3.0}}
+    network = {"environment": made_up([])["environment"], "rows": [timed, modules]}
+    (tmp_path / "model_cuda.json").write_text(json.dumps(network))
     render.write_report(tmp_path)
     report = (tmp_path / "benchmarks.md").read_text()
     assert "| geometric mean | VMamba |  |  |  | 4.0× / 2.0× |  |" in report
     assert "a GPU at 1 of 2 MHz" in report
+    assert "| fuse | 8×16 | bf16 | graph | 4.00 (3.60–4.40) | 250.0 | 7 |" in report
     for picture in tmp_path.glob("*.png"):
         assert f"]({picture.name})" in report
-    assert len(list(tmp_path.glob("*.png"))) == 6
+    assert len(list(tmp_path.glob("*.png"))) == 7
     assert "| geometric mean |  |  |  |  | 4.0× / 2.0× | 4.0× / 2.0× |" in render.speed_table(render.load("ss2d_cuda"))
