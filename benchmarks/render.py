@@ -127,8 +127,10 @@ def model_table(results: dict) -> str:
     """Fusing and training of the whole network."""
     header = ["task", "size", "precision", "mode", "ms", "images a second", "peak MiB"]
     lines = [
-        [row["task"], row["size"].replace("x", "×"), row["precision"], row["mode"], spread(row["ms"])]
-        + [f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}"]
+        [
+            *(row["task"], row["size"].replace("x", "×"), row["precision"], row["mode"], spread(row["ms"])),
+            *(f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}"),
+        ]
         for row in results["rows"]
         if "ms" in row
     ]
