@@ -27,6 +27,7 @@ for name in $steps; do
       for tool in memcheck racecheck initcheck; do
         step "$tool" compute-sanitizer --tool "$tool" --kernel-name-exclude kernel_substring=at:: \
           --error-exitcode 9 python3 -m pytest tests/test_ss2d.py tests/test_selective_scan.py tests/test_cross_scan.py \
+          tests/test_depthwise_conv_silu.py tests/test_norm_gate.py \
           -q -k "cuda and (matches or match_the or bits or last_state)"
       done
       unset DIFFMF_EXAMPLES PYTORCH_NO_CUDA_MEMORY_CACHING

@@ -280,7 +280,8 @@ def markdown_table(title: str, means: dict[str, dict[str, float]], others: list[
             lines.append(f"| *{method}, {table.source}* | {' | '.join(cells)} | – |")
     lines += ["", standing(ranked)]
     if others:
-        notes = [f"{listed(list(table.rows))}: {table.source}, {table.data}" for table in others]
+        # Methods that were scored here have left their table, all of them perhaps.
+        notes = [f"{listed(list(table.rows))}: {table.source}, {table.data}" for table in others if table.rows]
         ranking = "ranked where the pairs are the same, over the columns they have"
         lines += ["", f"*Italics*: published rows, {ranking}. " + "; ".join(notes) + "."]
     return "\n".join(lines) + "\n"

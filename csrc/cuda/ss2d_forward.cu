@@ -26,6 +26,7 @@ constexpr int kWarps = 2;
 constexpr int kMinBlocks = 6;  // a multiprocessor holds: at most 168 registers a thread
 constexpr int kTile = 8;       // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
 constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile: fewer would copy less of a row at once
+static_assert(kCheckpoint % kTile == 0, "tiles must not straddle pieces");
 // The greatest rank with which a thread can be alone: its weights are kept in registers.
 __host__ __device__ constexpr int held_rank(int states) { return states == 1 ? 8 : 4; }
 
