@@ -8,6 +8,7 @@ import torch
 
 from . import backend, scan
 from .checks import check_activation, check_paths, check_range, check_rank, check_shape
+from .dispatch import Operator
 
 
 def cross_scan(x: torch.Tensor, paths: Sequence[int] = (0, 1, 2, 3)) -> torch.Tensor:
@@ -58,7 +59,7 @@ def _shape(batch, channels, height, width, paths):
     return backend.module().CrossScanProblem((batch, channels, height, width), tuple(paths))
 
 
-@torch.library.custom_op("diffmf::cross_scan", mutates_args=())
+@Operator
 def _cross_scan(x: torch.Tensor, paths: Sequence[int]) -> torch.Tensor:
     y = _fake_cross_scan(x, paths)
     if y.numel() > 0:
@@ -73,7 +74,7 @@ def _fake_cross_scan(x, paths):
     return x.new_empty((x.shape[0], len(paths), x.shape[1], x.shape[2] * x.shape[3]))
 
 
-@torch.library.custom_op("diffmf::cross_merge", mutates_args=())
+@Operator
 def _cross_merge(y: torch.Tensor, height: int, width: int, paths: Sequence[int]) -> torch.Tensor:
     x = _fake_cross_merge(y, height, width, paths)
     if x.numel() > 0:

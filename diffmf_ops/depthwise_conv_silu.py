@@ -6,7 +6,7 @@ import torch
 
 from . import backend, scan
 from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
-from .ss2d import no_double_backward
+from .dispatch import Operator
 
 KERNEL_SIZES = (1, 3, 5, 7)
 
@@ -79,7 +79,7 @@ class _Call:
         )
 
 
-@torch.library.custom_op("diffmf::depthwise_conv_silu", mutates_args=())
+@Operator
 def _depthwise_conv_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The operator with an M axis on every tensor."""
     y = x.new_empty(x.shape)
@@ -95,7 +95,7 @@ def _(x, weight, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("diffmf::depthwise_conv_silu_backward", mutates_args=())
+@Operator
 def _depthwise_conv_silu_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -133,4 +133,4 @@ def _gradients(ctx, dy):
 
 
 _depthwise_conv_silu.register_autograd(_gradients, setup_context=_save_inputs)
-no_double_backward(_depthwise_conv_silu_backward)
+_depthwise_conv_silu_backward.refuse_double_backward()

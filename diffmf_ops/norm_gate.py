@@ -6,7 +6,7 @@ import torch
 
 from . import backend, scan
 from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
-from .ss2d import no_double_backward
+from .dispatch import Operator
 
 
 def norm_gate(
@@ -93,7 +93,7 @@ class _Call:
         )
 
 
-@torch.library.custom_op("diffmf::norm_gate", mutates_args=())
+@Operator
 def _norm_gate(
     y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, z: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _(y, weight, bias, z, eps):
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("diffmf::norm_gate_backward", mutates_args=())
+@Operator
 def _norm_gate_backward(
     dout: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, z: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -150,4 +150,4 @@ def _gradients(ctx, dout):
 
 
 _norm_gate.register_autograd(_gradients, setup_context=_save_inputs)
-no_double_backward(_norm_gate_backward)
+_norm_gate_backward.refuse_double_backward()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from . import scan
 from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
-from .ss2d import no_double_backward
+from .dispatch import Operator
 
 
 def selective_scan(
@@ -135,7 +135,7 @@ def _scan_arguments(u, delta, A, B, C, D, delta_bias):
     )  # fmt: skip
 
 
-@torch.library.custom_op("diffmf::selective_scan", mutates_args=())
+@Operator
 def _selective_scan(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -170,7 +170,7 @@ def _(u, delta, A, B, C, D, delta_bias, delta_softplus, return_last_state, save_
     return u.new_empty(u.shape), last, states
 
 
-@torch.library.custom_op("diffmf::selective_scan_backward", mutates_args=())
+@Operator
 def _selective_scan_backward(
     dy: torch.Tensor,
     states: torch.Tensor,
@@ -223,4 +223,4 @@ def _gradients(ctx, dy, _dlast, _dstates):
 
 
 _selective_scan.register_autograd(_gradients, setup_context=_save_inputs)
-no_double_backward(_selective_scan_backward)
+_selective_scan_backward.refuse_double_backward()

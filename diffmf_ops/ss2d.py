@@ -17,6 +17,7 @@ from .checks import (
     check_rank,
     check_shape,
 )
+from .dispatch import Operator
 from .reference import EXCHANGES
 
 DISCRETIZATIONS = ("euler", "zoh")
@@ -129,7 +130,7 @@ def check_arguments(x, proj, dt_weight, dt_bias, A, D, paths, exchange, discreti
             check_device(name, tensor, x.device, "x")
 
 
-@torch.library.custom_op("diffmf::ss2d", mutates_args=())
+@Operator
 def _ss2d(
     x: torch.Tensor,
     proj: torch.Tensor,
@@ -154,7 +155,7 @@ def _(x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization, save_s
     return y, x.new_empty(shape, dtype=scan.parameter_dtype(x.dtype))
 
 
-@torch.library.custom_op("diffmf::ss2d_backward", mutates_args=())
+@Operator
 def _ss2d_backward(
     dy: torch.Tensor,
     states: torch.Tensor,
@@ -198,17 +199,5 @@ def _gradients(ctx, dy, _dstates):
     return *gradients[:5], gradients[5] if has_skip else None, None, None, None, None
 
 
-def no_double_backward(op) -> None:
-    """Gives a backward operator an autograd formula that raises: the kernels have first derivatives only."""
-
-    def save_nothing(ctx, inputs, output):
-        del ctx, inputs, output
-
-    def refuse(ctx, *gradients):
-        raise RuntimeError(f"{op._qualname}: double backward is not supported")
-
-    op.register_autograd(refuse, setup_context=save_nothing)
-
-
 _ss2d.register_autograd(_gradients, setup_context=_save_inputs)
-no_double_backward(_ss2d_backward)
+_ss2d_backward.refuse_double_backward()

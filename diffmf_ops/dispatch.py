@@ -1,0 +1,71 @@
+"""Operators that PyTorch knows, called without its dispatcher where nothing needs the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Operator:
+    """`kernel` as the operator diffmf::NAME (of its name, without leading underscore) of torch.library.
+
+    A call goes through PyTorch's dispatcher where something must see it: torch.compile, torch.export, a dispatch mode,
+    a tensor subclass. Otherwise it goes straight to the kernel, under an autograd function of its own if a gradient is
+    wanted: registered operators take several times the CPU time of a small launch, and torch.func refuses them.
+    """
+
+    def __init__(self, kernel: Callable):
+        self.kernel = kernel
+        self.name = f"diffmf::{kernel.__name__.removeprefix('_')}"
+        self.registered = torch.library.custom_op(self.name, kernel, mutates_args=())
+        self.register_fake = self.registered.register_fake
+        self.function = self.transformable = None
+
+    def register_autograd(self, gradients: Callable, *, setup_context: Callable) -> None:
+        """As of torch.library: setup_context(ctx, inputs, output) saves, gradients(ctx, *of_outputs) returns theirs."""
+        self.registered.register_autograd(gradients, setup_context=setup_context)
+
+        def forward(ctx, *inputs):
+            output = self.kernel(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        def function(**forms):
+            static = {name: staticmethod(form) for name, form in forms.items()}
+            return type(self.name, (torch.autograd.Function,), static)
+
+        self.function = function(forward=forward, backward=gradients)
+        # With a setup_context a call binds its arguments by inspection, at ten times the cost.
+        self.transformable = function(forward=self.kernel, setup_context=setup_context, backward=gradients)
+
+    def refuse_double_backward(self) -> None:
+        """Gives a backward operator an autograd formula that raises: the kernels have first derivatives only."""
+
+        def save_nothing(ctx, inputs, output):
+            del ctx, inputs, output
+
+        def refuse(ctx, *of_outputs):
+            raise RuntimeError(f"{self.name}: double backward is not supported")
+
+        self.register_autograd(refuse, setup_context=save_nothing)
+
+    def __call__(self, *arguments):
+        if torch.compiler.is_compiling() or _watched(arguments):
+            return self.registered(*arguments)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.transformable.apply(*arguments)
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+            return self.function.apply(*arguments)
+        return self.kernel(*arguments)
+
+
+def _watched(arguments) -> bool:
+    """Whether a mode or a tensor subclass must see the call."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or any(isinstance(a, torch.Tensor) and type(a) not in PLAIN for a in arguments)
+    )

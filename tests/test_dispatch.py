@@ -1,0 +1,48 @@
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffmf_ops import cross_scan, depthwise_conv_silu
+from diffmf_ops.depthwise_conv_silu import _depthwise_conv_silu
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def inputs():
+    return torch.randn(2, 5, 6, 8), torch.randn(8, 1, 3, 3), torch.randn(8)
+
+
+def test_a_plain_call_does_not_meet_the_dispatcher(monkeypatch):
+    x, weight, bias = (t.requires_grad_() for t in inputs())
+    expected = torch.ops.diffmf.depthwise_conv_silu(*(t.unsqueeze(0) for t in (x, weight, bias))).squeeze(0)
+    monkeypatch.setattr(_depthwise_conv_silu, "registered", None)
+    y = depthwise_conv_silu(x, weight, bias)
+    assert torch.equal(y, expected)
+    wanted, found = (torch.autograd.grad(t.sum(), (x, weight, bias)) for t in (expected, y))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_dispatch_modes_see_the_operators():
+    x, weight, bias = (t.requires_grad_() for t in inputs())
+    with Recorder() as recorder:
+        depthwise_conv_silu(x, weight, bias).sum().backward()
+    assert {"diffmf.depthwise_conv_silu.default", "diffmf.depthwise_conv_silu_backward.default"} <= set(recorder.seen)
+
+
+def test_transforms_see_the_operators():
+    x = torch.randn(2, 3, 4, 5)
+    gradient = torch.func.grad(lambda t: cross_scan(t).square().sum())(x)
+    torch.testing.assert_close(gradient, 8 * x)
+
+
+def test_tensor_subclasses_see_the_operators():
+    with torch._subclasses.FakeTensorMode():
+        x, weight, bias = inputs()
+        assert depthwise_conv_silu(x, weight, bias).shape == x.shape
