@@ -14,6 +14,10 @@
 // too, so that every element of dproj has one writer and every run gives the same bits. The paths of an axis follow one
 // another in the block that owns the chunk, the column paths behind a grid barrier, so dx is summed in a fixed order
 // too. Parameter gradients leave as one partial sum per (batch item, chunk).
+//
+// Where that leaves too few tasks for the device, the blocks of channels of a chunk are split over several tasks, or
+// the paths become tasks of their own, or both. Each split then writes to a copy of dproj of its own, and each path to
+// a copy of dx, all of float; behind a grid barrier the copies are added in a fixed order.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -44,9 +48,9 @@ struct BackwardParams : Params {
   bool x_per_path;
   bool shared_source;    // Exchange::from_*: both modalities read one modality's B and C
   void* dx;              // [M, B, L, (K,) D]
-  float* dx_sum;         // like dx while paths are still missing; dx itself when it is float
+  float* dx_sum;         // like dx while paths are still missing, [K] copies if apart; else dx itself when it is float
   void* dproj;           // [M, B, L, K, R + 2N]
-  float* dproj_sum;      // like dproj while contributions are still missing; dproj itself when it is float
+  float* dproj_sum;      // like dproj while contributions are still missing, [splits] copies; if one and float, dproj
   void* ddelta;          // [M, B, L, K, D] or null
   float* ddt_weight;     // [parts, M, K, D, R]
   float* ddt_bias;       // [parts, M, K, D] or null
@@ -54,10 +58,15 @@ struct BackwardParams : Params {
   float* dd;             // [parts, M, K, D] or null
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
-  int turns, walks;      // of a block with one chunk of a path; of all blocks with a path
-  bool paired;           // rows of dproj can be written two values at a time
-  FastDiv by_quads;      // columns of a row of sums, by four
-  Stage narrow, wide;    // of tiles of phase 3 and of phase 1, in the same memory
+  int images;            // (modality, batch item); batch items where a source is shared
+  int splits, share;     // tasks that share the blocks of channels of a chunk; blocks of channels of each but the last
+  int turns, walks;      // of one task, at most; of all tasks of a round
+  int rounds;            // one for each path, or one for all
+  bool dx_apart;         // each path writes to a copy of dx of its own
+  int64_t dproj_copy, dx_copy;  // floats from copy to copy; zero where there is one
+  bool paired;                  // rows of dproj can be written two values at a time
+  FastDiv by_quads;             // columns of a row of sums, by four
+  Stage narrow, wide;           // of tiles of phase 3 and of phase 1, in the same memory
   // The rest of shared memory, offsets in bytes.
   int walk_at, channels_at, steps_at, channel_sums_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
@@ -115,6 +124,7 @@ enum RunOf { kB, kX, kLow, kDy, kRows, kC, kRuns };  // kLow: the low-rank part 
 
 // Which of the contributions to a row of dproj this walk is.
 struct Contribution {
+  // The last writes dproj; there is none where blocks of channels are split over tasks, and the first is each task's.
   bool first_low, last_low;  // to the low-rank part: one per block of channels
   bool first_bc, last_bc;    // to B and C: as many, times the modalities that read them
   bool zero_own_bc;          // nobody reads this modality's B and C
@@ -127,7 +137,7 @@ struct Walk {
   Track track;
   int chunk, pieces, end;  // end: of the chunk
   Contribution part;
-  int at;  // where the kernel's loop stands: kept here, as registers are short
+  int next;  // where the kernel's loop goes on: kept here, as registers are short
   // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
   // part and that of the B and C it reads; and from pixel to pixel.
   int64_t dx, ddelta, own_row, bc_row;
@@ -167,10 +177,11 @@ struct Walk {
     }
     const int64_t image = (int64_t{t.m} * p.batch + t.b) * p.tokens;
     const int64_t source = (int64_t{p.source(t.m)} * p.batch + t.b) * p.tokens;
-    dx = image * dx_pixel + (p.x_per_path ? t.k * p.channels : 0) + t.first_d;
+    const int64_t dproj_copy = t.first_d / (p.share * p.block_channels) * p.dproj_copy;
+    dx = image * dx_pixel + (p.x_per_path ? t.k * p.channels : t.k * p.dx_copy) + t.first_d;
     ddelta = image * ddelta_pixel + t.k * p.channels + t.first_d;
-    own_row = image * row_pixel + t.k * p.row();
-    bc_row = source * row_pixel + t.k * p.row() + p.rank;
+    own_row = dproj_copy + image * row_pixel + t.k * p.row();
+    bc_row = dproj_copy + source * row_pixel + t.k * p.row() + p.rank;
   }
 };
 template <Reads kReads>
@@ -595,7 +606,13 @@ __device__ inline void write_dproj(const BackwardParams& p, const Place& place, 
     }
     if (part.zero_own_bc && !low) {
       const int64_t own = at_pixel(walk.own_row + p.rank + row_at, pixel, walk.row_pixel);
-      for (int j = 0; j < count; ++j) store_as(p.dproj, own + j, 0.f, p);
+      for (int j = 0; j < count; ++j) {
+        if (p.splits > 1) {
+          p.dproj_sum[own + j] = 0.f;
+        } else {
+          store_as(p.dproj, own + j, 0.f, p);
+        }
+      }
     }
   }
 }
@@ -1092,6 +1109,36 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
   write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
 }
 
+// The sum of `copies` arrays of `count` floats, `stride` apart, in the type of the activations. One grid's work.
+__device__ inline void add_copies(const BackwardParams& p, void* to, const float* from, int copies, int64_t stride,
+                                  int64_t count) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, threads = int64_t{gridDim.x} * blockDim.x;
+  const int64_t quads = reinterpret_cast<uintptr_t>(to) % (4 * p.element()) == 0 ? count / 4 : 0;
+#pragma unroll 1
+  for (int64_t i = thread; i < quads; i += threads) {
+    float4 sum = __ldcg(reinterpret_cast<const float4*>(from) + i);
+#pragma unroll 4
+    for (int copy = 1; copy < copies; ++copy) {
+      const float4 more = __ldcg(reinterpret_cast<const float4*>(from + copy * stride) + i);
+      sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+    }
+    if (p.half) {
+      static_cast<uint2*>(to)[i] =
+          make_uint2(encode(sum.x, p.dtype) | static_cast<uint32_t>(encode(sum.y, p.dtype)) << 16,
+                     encode(sum.z, p.dtype) | static_cast<uint32_t>(encode(sum.w, p.dtype)) << 16);
+    } else {
+      static_cast<float4*>(to)[i] = sum;
+    }
+  }
+#pragma unroll 1
+  for (int64_t i = quads * 4 + thread; i < count; i += threads) {
+    float sum = __ldcg(from + i);
+#pragma unroll 1
+    for (int copy = 1; copy < copies; ++copy) sum += __ldcg(from + copy * stride + i);
+    store_as(to, i, sum, p);
+  }
+}
+
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
@@ -1130,32 +1177,41 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     cooperative_groups::this_grid().sync();
   }
 #pragma unroll 1
-  for (int i = 0; i < p.paths; ++i) {
-    if (i == p.row_paths && i > 0) cooperative_groups::this_grid().sync();
+  for (int i = 0;; ++i) {
+    const bool done = i == p.rounds;
+    if (done ? p.splits > 1 || p.dx_apart : i == p.row_paths && i > 0) cooperative_groups::this_grid().sync();
+    if (done) break;
     // One number for the task and its turn: registers are short.
 #pragma unroll 1
     for (int at = blockIdx.x * p.turns; at < p.walks;) {
-      const int task = at / p.turns, turn = at - task * p.turns, image = task / p.chunks,
-                chunk = task - image * p.chunks;
-      const int m = turn / p.groups, group = turn - m * p.groups;  // without a shared source, m is 0 here
-      const Track track(p, m * p.batch + image, p.order[i], group);
+      const int task = at / p.turns, turn = at - task * p.turns;
+      const int place_of_chunk = task / p.splits, sequence = place_of_chunk / p.chunks;
+      const int chunk = place_of_chunk - sequence * p.chunks, path = sequence / p.images;  // 0 unless all paths at once
+      const int first = (task - place_of_chunk * p.splits) * p.share, groups = min(p.share, p.groups - first);
+      const int m = turn / groups, in_split = turn - m * groups;  // without a shared source, m is 0 here
+      const bool last = in_split == groups - 1, last_turn = last && (m > 0 || !p.shared_source);
+      const Track track(p, m * p.batch + sequence - path * p.images, p.order[i + path], first + in_split);
       float g[CH][NS] = {};
       if (p.chunks > 1)
         load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
                            place.lane, g);
-      const Contribution part = {group == 0,
-                                 group == p.groups - 1,
+      const Contribution part = {in_split == 0,
+                                 last && p.splits == 1,
                                  turn == 0,
-                                 turn == p.turns - 1,
-                                 group == 0 && p.shared_source && p.source(track.m) != track.m,
+                                 last_turn && p.splits == 1,
+                                 in_split == 0 && p.shared_source && p.source(track.m) != track.m,
                                  i == 0 || p.x_per_path,
                                  i == p.paths - 1 || p.x_per_path};
+      const int next = last_turn ? (task + gridDim.x) * p.turns : at + 1;
       const Walk& walk = begin_walk<Reads::all>(p, place, track, chunk, part);
-      if (threadIdx.x == 0) const_cast<Walk&>(walk).at = at;
+      if (threadIdx.x == 0) const_cast<Walk&>(walk).next = next;
       walk_back<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, walk, g);
-      at = walk.at + (walk.part.last_bc ? (gridDim.x - 1) * p.turns + 1 : 1);
+      at = walk.next;
     }
   }
+  const int64_t tokens = int64_t{p.modalities} * p.batch * p.tokens;
+  if (p.splits > 1) add_copies(p, p.dproj, p.dproj_sum, p.splits, p.dproj_copy, tokens * p.paths * p.row());
+  if (p.dx_apart) add_copies(p, p.dx, p.dx_sum, p.paths, p.dx_copy, tokens * p.channels);
 }
 
 using BackwardKernel = void (*)(BackwardParams);
@@ -1258,21 +1314,69 @@ bool shares_source(const SS2DProblem& problem) {
   return problem.exchange == Exchange::from_visible || problem.exchange == Exchange::from_infrared;
 }
 
-Plan plan_of(const SS2DProblem& problem, BackwardParams& params) {
+// How the work is cut into tasks: (path if all at once, image, chunk, split).
+struct BackwardPlan : Plan {
+  int64_t splits, share;  // tasks for the blocks of channels of a chunk; blocks of channels of each but the last
+  bool all_paths;         // at once; else one after another
+  int64_t cost;           // roughly, in steps of a block
+  int64_t dproj_copy = 0, dx_copy = 0;
+};
+
+BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t resident, int64_t splits,
+                       bool all_paths) {
+  const int64_t images = (shares_source(problem) ? 1 : problem.modalities) * problem.batch;
+  const int64_t per_task = shares_source(problem) ? 2 : 1, at_once = all_paths ? problem.paths : 1;
+  BackwardPlan plan{chunk_plan(problem, layout, images * splits * at_once, resident, kCheckpoint)};
+  plan.splits = splits;
+  plan.share = ceil_div(layout.groups, splits);
+  plan.all_paths = all_paths;
+  // Tasks of phase 1; they take about two fifths of the time, and what comes before and after a walk about that of 16
+  // tokens.
+  const int64_t summaries =
+      plan.chunks > 1 ? problem.modalities * problem.batch * layout.groups * problem.paths * plan.chunks : 0;
+  plan.cost = (std::min(plan.chunk, problem.tokens()) + 16) *
+              (5 * ceil_div(plan.tasks, resident) * plan.share * per_task * (problem.paths / at_once) +
+               2 * ceil_div(summaries, resident));
+  plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, std::max(plan.tasks, summaries)));
+  const bool is_float = problem.dtype == DType::f32;
+  const int64_t tokens = problem.modalities * problem.batch * problem.tokens(), dx = tokens * problem.channels;
+  const int64_t dproj = tokens * problem.paths * (problem.rank + 2 * problem.states);
+  if (all_paths) {
+    plan.dx_copy = ceil_div(dx, 4) * 4;
+    plan.sum_at = plan.reserve(problem.paths * plan.dx_copy);
+  } else if (!is_float && problem.paths > 1) {
+    plan.sum_at = plan.reserve(dx);
+  }
+  if (splits > 1) {
+    plan.dproj_copy = ceil_div(dproj, 4) * 4;
+    plan.dproj_sum_at = plan.reserve(splits * plan.dproj_copy);
+  } else if (!is_float && (layout.groups > 1 || shares_source(problem))) {
+    plan.dproj_sum_at = plan.reserve(dproj);
+  }
+  return plan;
+}
+
+// More tasks than chunks only where they should save a fifth at least and cost at most 64 MiB of memory.
+constexpr size_t kFloatsForCopies = size_t{16} << 20;
+
+BackwardPlan plan_of(const SS2DProblem& problem, BackwardParams& params) {
   Layout layout = layout_of(problem);
   lay_out(problem, layout, params);
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel_of(problem, layout)), layout);
-  const int64_t images = (shares_source(problem) ? 1 : problem.modalities) * problem.batch;
-  Plan plan = chunk_plan(problem, layout, images, resident, kCheckpoint);
-  plan.grid = std::max<int64_t>(
-      1, std::min<int64_t>(resident, plan.tasks * (plan.chunks > 1 ? problem.paths * layout.groups : 1)));
-  if (problem.dtype != DType::f32) {
-    const int64_t tokens = problem.modalities * problem.batch * problem.tokens();
-    if (problem.paths > 1) plan.sum_at = plan.reserve(tokens * problem.channels);
-    if (layout.groups > 1 || shares_source(problem))
-      plan.dproj_sum_at = plan.reserve(tokens * problem.paths * (problem.rank + 2 * problem.states));
+  const BackwardPlan simple = plan_with(problem, layout, resident, 1, false);
+  BackwardPlan best = simple;
+  for (int all_paths = 0; all_paths < (problem.paths > 1 ? 2 : 1); ++all_paths) {
+    for (int64_t splits = 1; splits <= layout.groups; ++splits) {
+      const int64_t share = ceil_div(layout.groups, splits);
+      if (ceil_div(layout.groups, share) != splits) continue;  // fewer do as well
+      const BackwardPlan plan = plan_with(problem, layout, resident, splits, all_paths != 0);
+      if (plan.workspace_floats > simple.workspace_floats + kFloatsForCopies || plan.cost * 5 > simple.cost * 4)
+        continue;
+      if (plan.cost < best.cost || (plan.cost == best.cost && plan.workspace_floats < best.workspace_floats))
+        best = plan;
+    }
   }
-  return plan;
+  return best;
 }
 
 }  // namespace
@@ -1290,7 +1394,7 @@ int64_t ss2d_backward_parts(const SS2DProblem& problem) {
 void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DGradients& gradients,
                    void* workspace, void* stream) {
   BackwardParams params{};
-  const Plan plan = plan_of(problem, params);
+  const BackwardPlan plan = plan_of(problem, params);
   float* floats = static_cast<float*>(workspace);
   const bool is_float = problem.dtype == DType::f32;
   fill_params(params, problem, inputs, plan, floats);
@@ -1303,13 +1407,20 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   params.x_per_path = gradients.x_per_path;
   params.shared_source = shares_source(problem);
   const int per_task = params.shared_source ? 2 : 1;
-  params.turns = per_task * params.groups;
-  params.walks = params.modalities / per_task * params.batch * params.chunks * params.turns;
+  params.images = params.modalities / per_task * params.batch;
+  params.splits = static_cast<int>(plan.splits);
+  params.share = static_cast<int>(plan.share);
+  params.turns = per_task * params.share;
+  params.walks = static_cast<int>(plan.tasks) * params.turns;
+  params.rounds = plan.all_paths ? 1 : params.paths;
+  params.dx_apart = plan.all_paths && !params.x_per_path;
+  params.dproj_copy = plan.dproj_copy;
+  params.dx_copy = plan.dx_copy;
   params.paired = problem.states % 2 == 0 && problem.rank % 2 == 0;
   params.dx = gradients.dx;
-  params.dx_sum = is_float ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;
+  params.dx_sum = is_float && !params.dx_apart ? static_cast<float*>(gradients.dx) : floats + plan.sum_at;
   params.dproj = gradients.dproj;
-  params.dproj_sum = is_float ? static_cast<float*>(gradients.dproj) : floats + plan.dproj_sum_at;
+  params.dproj_sum = is_float && plan.splits == 1 ? static_cast<float*>(gradients.dproj) : floats + plan.dproj_sum_at;
   params.ddelta = gradients.ddelta;
   params.ddt_weight = static_cast<float*>(gradients.ddt_weight);
   params.ddt_bias = static_cast<float*>(gradients.ddt_bias);
