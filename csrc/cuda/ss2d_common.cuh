@@ -1,5 +1,5 @@
-// What the forward and the backward kernel of ss2d share: addressing tokens along a path, asynchronous copies of a
-// tile of tokens into shared memory, the step, the state in memory, and the scan over chunk summaries.
+// What the forward and the backward kernel of ss2d share: addressing tokens along a path, asynchronous copies into
+// shared memory, the step, the state in memory, and the scan over chunk summaries.
 //
 // Layout of the work. `state_lanes` neighbouring threads share CH neighbouring channels; each of them keeps NS of the
 // channels' states in registers. So B and C of a token are read once for CH channels, and x, step and dy once for NS
@@ -157,13 +157,6 @@ struct Track {
   }
 };
 
-// Where a thread stands.
-struct Seat {
-  int lane, c;                // lane of the channel, first channel within the block of channels
-  int copy_lane, copy_token;  // when copying a tile
-  char* shared;               // of its warp in the forward kernel, of its block in the backward one
-};
-
 // Where a track's tensors are at pixel 0. Kept in shared memory: in registers they would be spilled to local memory,
 // which is farther away.
 struct Bases {
@@ -210,48 +203,6 @@ __device__ inline void add_at(float* to, const float (&v)[CH]) {
 #endif
 #pragma unroll
   for (int c = 0; c < CH; ++c) asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]));
-}
-
-// Not unrolled: addresses computed ahead would cost registers.
-template <int kBytes, int kLanes>
-__device__ inline void copy_granules(uint32_t to, const char* from, int bytes, int lane, int lanes) {
-  const int stride = kBytes * (kLanes > 0 ? kLanes : lanes);
-#pragma unroll 1
-  for (int i = lane * kBytes; i < bytes; i += stride) copy_async<kBytes>(to + i, from + i);
-}
-
-// One of `lanes` threads' share (number `lane`) of copying `bytes` contiguous bytes to shared memory. kLanes is the
-// number of threads where it is known at compile time, else 0.
-template <int kLanes>
-__device__ inline void copy_row(void* to, const char* from, int bytes, int granule, int lane, int lanes) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if (granule == 16) {
-    copy_granules<16, kLanes>(at, from, bytes, lane, lanes);
-  } else if (granule == 8) {
-    copy_granules<8, kLanes>(at, from, bytes, lane, lanes);
-  } else if (granule == 4) {
-    copy_granules<4, kLanes>(at, from, bytes, lane, lanes);
-  } else {  // 16-bit rows that start on odd elements: cp.async cannot
-#pragma unroll 1
-    for (int i = lane * 2; i < bytes; i += lanes * 2)
-      *reinterpret_cast<uint16_t*>(static_cast<char*>(to) + i) = *reinterpret_cast<const uint16_t*>(from + i);
-  }
-}
-
-// The proj row of one token into a staged row of the same element type: [B, padded | C, padded | low rank].
-template <bool kB, bool kC, int kLanes>
-__device__ inline void copy_proj(const Params& p, const Bases& bases, int pixel, char* to, int lane, int lanes) {
-  const int element = p.element(), granule = p.proj.granule, bytes = p.states * element;
-  const char* bc = bases.bc + int64_t{pixel} * p.proj.pixel;
-  if (kB && kC && p.padded_states == p.states) {
-    copy_row<kLanes>(to, bc, 2 * bytes, granule, lane, lanes);
-  } else {
-    if constexpr (kB) copy_row<kLanes>(to, bc, bytes, granule, lane, lanes);
-    if constexpr (kC) copy_row<kLanes>(to + p.padded_states * element, bc + bytes, bytes, granule, lane, lanes);
-  }
-  if (p.rank > 0)
-    copy_row<kLanes>(to + 2 * p.padded_states * element, bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element,
-                     granule, lane, lanes);
 }
 
 // Four staged 16-bit values as float.
@@ -325,11 +276,7 @@ __device__ inline void write_floats(float* to, const float (&v)[CH]) {
 // What the steps and the skip of the block's channels need, in shared memory: rows of block_channels values.
 constexpr int kBiasRow = 0, kSkipRow = 1, kWeightRows = 2;  // dt_bias, D, and dt_weight for r = 0 .. R - 1
 constexpr int kMinRank = 8;                                 // ranks below are staged as this one: with zeros
-inline __host__ __device__ int staged_rows(int rank) {
-  return kWeightRows + (rank > kMinRank ? rank + rank % 2 : kMinRank);
-}
-// `rows` of them, staged_rows(R) where StepWeights reads them: zeros for what does not exist; one of `threads` threads'
-// share.
+// `rows` of them, zeros for what does not exist; one of `threads` threads' share.
 __device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads,
                                       int rows) {
   for (int i = thread; i < rows * p.block_channels; i += threads) {
@@ -344,53 +291,6 @@ __device__ inline void stage_channels(const Params& p, const Track& track, float
     to[i] = value;
   }
 }
-__device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads) {
-  stage_channels(p, track, to, thread, threads, staged_rows(p.rank));
-}
-
-// The first of the staged channels' values, for a thread's channels; `channels` is at the first of them. kHeld: rows of
-// dt_weight among them, at most kMinRank.
-template <int CH, int kHeld = 2>
-struct StepWeights {
-  float bias[CH], w[kHeld][CH];
-  __device__ StepWeights(const Params& p, const float* channels) {
-    read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
-#pragma unroll
-    for (int r = 0; r < kHeld; ++r) read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[r]);
-  }
-};
-
-// dt_bias + low rank * dt_weight of one token (0 < rank <= kHeld), from its staged row; zeros follow the low-rank part.
-template <int CH, int kHeld>
-__device__ inline void held_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
-                                float (&raw)[CH]) {
-  float low[kHeld];
-  read_floats<kHeld>(row + 2 * p.padded_states, low);
-#pragma unroll
-  for (int c = 0; c < CH; ++c) {
-    raw[c] = weights.bias[c];
-#pragma unroll
-    for (int r = 0; r < kHeld; ++r) raw[c] = fmaf(low[r], weights.w[r][c], raw[c]);
-  }
-}
-
-// Likewise for any rank > 0: what is not held comes from `channels`.
-template <int CH, int kHeld>
-__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
-                                 const float* channels, float (&raw)[CH]) {
-  held_raw(p, row, weights, raw);
-  const float* low = row + 2 * p.padded_states;
-#pragma unroll 1
-  for (int r = kHeld; r < p.rank; r += 2) {
-    const float2 pair = *reinterpret_cast<const float2*>(low + r);
-    float w[2][CH];
-    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
-    read_floats<CH>(channels + (kWeightRows + r + 1) * p.block_channels, w[1]);
-#pragma unroll
-    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[1][c], fmaf(pair.x, w[0][c], raw[c]));
-  }
-}
-
 // The A of this thread's states in units of log2(e) (zero for what does not exist): decay = exp2(step * a).
 // `d` is the thread's first channel, `lane` its place among the lanes of the channel.
 template <int NS, int CH, bool kSharedDecay>

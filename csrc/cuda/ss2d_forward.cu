@@ -45,6 +45,98 @@ struct ForwardParams : Params {
   int bases_at, offsets_at, rows_at, decoded_at, x_at, delta_at, steps_at, channels_at, warp_bytes;
 };
 
+// Where a thread stands.
+struct Seat {
+  int lane, c;                // lane of the channel, first channel within the block of channels
+  int copy_lane, copy_token;  // when copying a tile
+  char* shared;               // of its warp
+};
+
+// One of the kTokenLanes threads' share (number `lane`) of copying `bytes` contiguous bytes to shared memory. Not
+// unrolled: addresses computed ahead would cost registers.
+template <int kBytes>
+__device__ inline void copy_granules(uint32_t to, const char* from, int bytes, int lane) {
+#pragma unroll 1
+  for (int i = lane * kBytes; i < bytes; i += kBytes * kTokenLanes) copy_async<kBytes>(to + i, from + i);
+}
+__device__ inline void copy_row(void* to, const char* from, int bytes, int granule, int lane) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (granule == 16) {
+    copy_granules<16>(at, from, bytes, lane);
+  } else if (granule == 8) {
+    copy_granules<8>(at, from, bytes, lane);
+  } else if (granule == 4) {
+    copy_granules<4>(at, from, bytes, lane);
+  } else {  // 16-bit rows that start on odd elements: cp.async cannot
+#pragma unroll 1
+    for (int i = lane * 2; i < bytes; i += kTokenLanes * 2)
+      *reinterpret_cast<uint16_t*>(static_cast<char*>(to) + i) = *reinterpret_cast<const uint16_t*>(from + i);
+  }
+}
+
+// The proj row of one token into a staged row of the same element type: [B, padded | C, padded | low rank]; C if kC.
+template <bool kC>
+__device__ inline void copy_proj(const Params& p, const Bases& bases, int pixel, char* to, int lane) {
+  const int element = p.element(), granule = p.proj.granule, bytes = p.states * element;
+  const char* bc = bases.bc + int64_t{pixel} * p.proj.pixel;
+  if (kC && p.padded_states == p.states) {
+    copy_row(to, bc, 2 * bytes, granule, lane);
+  } else {
+    copy_row(to, bc, bytes, granule, lane);
+    if constexpr (kC) copy_row(to + p.padded_states * element, bc + bytes, bytes, granule, lane);
+  }
+  if (p.rank > 0)
+    copy_row(to + 2 * p.padded_states * element, bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element, granule,
+             lane);
+}
+
+// Rows of the staged channels, up to an even rank.
+inline __host__ __device__ int staged_rows(int rank) {
+  return kWeightRows + (rank > kMinRank ? rank + rank % 2 : kMinRank);
+}
+// The first of the staged channels' values, for a thread's channels; `channels` is at the first of them. kHeld: rows of
+// dt_weight among them, at most kMinRank.
+template <int CH, int kHeld = 2>
+struct StepWeights {
+  float bias[CH], w[kHeld][CH];
+  __device__ StepWeights(const Params& p, const float* channels) {
+    read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[r]);
+  }
+};
+
+// dt_bias + low rank * dt_weight of one token (0 < rank <= kHeld), from its staged row; zeros follow the low-rank part.
+template <int CH, int kHeld>
+__device__ inline void held_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
+                                float (&raw)[CH]) {
+  float low[kHeld];
+  read_floats<kHeld>(row + 2 * p.padded_states, low);
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    raw[c] = weights.bias[c];
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) raw[c] = fmaf(low[r], weights.w[r][c], raw[c]);
+  }
+}
+
+// Likewise for any rank > 0: what is not held comes from `channels`.
+template <int CH, int kHeld>
+__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
+                                 const float* channels, float (&raw)[CH]) {
+  held_raw(p, row, weights, raw);
+  const float* low = row + 2 * p.padded_states;
+#pragma unroll 1
+  for (int r = kHeld; r < p.rank; r += 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(low + r);
+    float w[2][CH];
+    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
+    read_floats<CH>(channels + (kWeightRows + r + 1) * p.block_channels, w[1]);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[1][c], fmaf(pair.x, w[0][c], raw[c]));
+  }
+}
+
 // Adds v, CH neighbouring channels, to what is at `to`, aligned; or stores it there. Memory is not clobbered: barriers
 // order these statements, and between barriers the next token's loads may pass them.
 template <int CH>
@@ -123,13 +215,11 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
     const int slot = (tile & 1) * kTile + opaque(seat.copy_token), x_bytes = p.block_channels * element;
     char* const shared = seat.shared + opaque(0);
     if (kOutput && lane == 0) reinterpret_cast<int64_t*>(shared + p.offsets_at)[slot] = int64_t{pixel} * p.channels;
-    copy_proj<true, kOutput, kTokenLanes>(p, bases, pixel, shared + p.rows_at + slot * p.pitch * element, lane,
-                                          kTokenLanes);
-    copy_row<kTokenLanes>(shared + p.x_at + slot * x_bytes, bases.x + int64_t{pixel} * p.x.pixel, real_bytes,
-                          p.x.granule, lane, kTokenLanes);
+    copy_proj<kOutput>(p, bases, pixel, shared + p.rows_at + slot * p.pitch * element, lane);
+    copy_row(shared + p.x_at + slot * x_bytes, bases.x + int64_t{pixel} * p.x.pixel, real_bytes, p.x.granule, lane);
     if (!kAlone && p.rank == 0)
-      copy_row<kTokenLanes>(shared + p.delta_at + slot * x_bytes, bases.delta + int64_t{pixel} * p.delta.pixel,
-                            real_bytes, p.delta.granule, lane, kTokenLanes);
+      copy_row(shared + p.delta_at + slot * x_bytes, bases.delta + int64_t{pixel} * p.delta.pixel, real_bytes,
+               p.delta.granule, lane);
     copies_commit();
   };
 
@@ -271,7 +361,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     const int sequence = task / p.chunks;
     const Track track(p, sequence / p.groups, path, sequence % p.groups);
     __syncwarp();  // nobody reads what the walk before needed
-    stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32);
+    stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32, staged_rows(p.rank));
     if (in_warp == 0) *reinterpret_cast<ForwardBases*>(seat.shared + p.bases_at) = ForwardBases(p, track);
     __syncwarp();
     return track;
