@@ -32,9 +32,14 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (luminance * (2 * covariance + C2) / (variances + C2)).mean()
 
 
+def _gaussian(reach: int, sigma: float, device: torch.device | None = None) -> Tensor:
+    """Weights (2 reach + 1,) that sum to one."""
+    offsets = torch.arange(-reach, reach + 1, device=device)
+    return torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
+
+
 def _gaussian_blur(x: Tensor) -> Tensor:
-    offsets = torch.arange(WINDOW) - WINDOW // 2
-    weights = torch.softmax(-(offsets**2) / (2 * SIGMA**2), dim=0).tolist()
+    weights = _gaussian(WINDOW // 2, SIGMA).tolist()
     for dim in (-2, -1):
         length = x.shape[dim] - WINDOW + 1
         x = sum(weight * x.narrow(dim, start, length) for start, weight in enumerate(weights))
@@ -88,8 +93,7 @@ def _compressed(x: Tensor) -> Tensor:
 def _window_mean(x: Tensor, sigma: float) -> Tensor:
     """Gaussian mean of (B, 1, H, W), borders replicated; the window ends at three sigma."""
     reach = math.ceil(3 * sigma)
-    offsets = torch.arange(-reach, reach + 1, device=x.device)
-    weights = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
+    weights = _gaussian(reach, sigma, x.device)
     x = F.pad(x, (reach,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(x, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
 

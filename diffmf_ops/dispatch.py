@@ -38,7 +38,7 @@ class Operator:
             return type(self.name, (torch.autograd.Function,), static)
 
         self.function = function(forward=forward, backward=gradients)
-        # With a setup_context a call binds its arguments by inspection, at ten times the cost.
+        # torch.func needs a setup_context; with one, every call binds its arguments by inspection, which takes longer.
         self.transformable = function(forward=self.kernel, setup_context=setup_context, backward=gradients)
 
     def refuse_double_backward(self) -> None:
