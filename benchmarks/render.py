@@ -124,12 +124,20 @@ def cpu_table(results: dict) -> str:
 
 
 def model_table(results: dict) -> str:
-    """Fusing and training of the whole network."""
-    header = ["task", "size", "precision", "mode", "ms", "images a second", "peak MiB"]
+    """Fusing and training of the whole network; on VMamba's kernels beside the same mode on ours."""
+    header = ["task", "size", "precision", "mode", "ms", "images a second", "peak MiB", "times as long"]
+    keys = ("task", "size", "precision", "mode")
+    times = {tuple(row[key] for key in keys): row["ms"]["median"] for row in results["rows"] if "ms" in row}
+
+    def longer(row):
+        ours = {"vmamba": "eager", "vmamba-graph": "graph", "reference": "eager"}.get(row["mode"])
+        ours = times.get((row["task"], row["size"], row["precision"], ours))
+        return f"{row['ms']['median'] / ours:.1f}×" if ours else ""
+
     lines = [
         [
             *(row["task"], row["size"].replace("x", "×"), row["precision"], row["mode"], spread(row["ms"])),
-            *(f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}"),
+            *(f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}", longer(row)),
         ]
         for row in results["rows"]
         if "ms" in row
@@ -213,14 +221,15 @@ def plot_roofline(results: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+NETWORKS = {"model_cuda": "The paper's network", "model_small_cuda": "diffmf-s"}
 TITLES = {"ss2d_cuda": "Cases", "ss2d_cuda_length": "Time against image size", "ss2d_cuda_sweep": "Sweep"}
 
 
 def write_report(docs: Path) -> None:
     """docs/benchmarks.md and its plots, of those results that were measured beside peers, and of the whole network."""
     found = {name: results for name in TITLES if (results := load(name)) and beside(results["rows"])}
-    model = load("model_cuda")
-    if not found and not model:
+    models = {name: results for name in NETWORKS if (results := load(name))}
+    if not found and not models:
         return
     parts = ["# Benchmarks", "Written by `benchmarks/render.py` from `benchmarks/results`, measured by `diffmf bench`."]
     parts.append(
@@ -243,15 +252,19 @@ def write_report(docs: Path) -> None:
         if "ceilings" in results:
             parts.append(kernel_table(results))
         parts.append(f"{where(results['environment'])}.")
-    if model:
-        plot_modules(model, docs / "model_cuda_modules.png")
+    if models:
         parts += [
             "## The network",
-            "Measured by `diffmf bench-model`: the paper's network, random weights, one pair; 4×128×128 is four crops. "
-            "`graph` is one CUDA graph.",
-            model_table(model),
-            "![The network, by part and by kind of module](model_cuda_modules.png)",
-            f"{where(model['environment'])}.",
+            "Measured by `diffmf bench-model`: random weights, one pair; 4×128×128 is four crops. `graph` is one CUDA "
+            "graph, `vmamba` the same network on VMamba's kernels, eager, `vmamba-graph` that as one CUDA graph.",
+        ]
+    for name, results in models.items():
+        plot_modules(results, docs / f"{name}_modules.png")
+        parts += [
+            f"### {NETWORKS[name]}",
+            model_table(results),
+            f"![{NETWORKS[name]}, by part and by kind of module]({name}_modules.png)",
+            f"{where(results['environment'])}.",
         ]
     (docs / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 

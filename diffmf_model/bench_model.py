@@ -1,8 +1,9 @@
 """`diffmf bench-model`: the whole network, fusing one pair and training, and where the time goes.
 
 fuse: the network alone, batch 1, as `diffmf fuse` runs it. train: forward, loss, backward, clipping and Adam, as
-`diffmf train` does, without loading. eager, by torch.compile, and as one CUDA graph. fp32 is without TF32, tf32 is with
-it. Peak memory is all that is allocated on the GPU at the peak, weights included; for a graph, while it is captured.
+`diffmf train` does, without loading. eager, by torch.compile, and as one CUDA graph; vmamba and vmamba-graph are the
+same network, eager and as a graph, on VMamba's kernels where they are installed. fp32 is without TF32, tf32 is with it.
+Peak memory is all that is allocated on the GPU at the peak, weights included; for a graph, while it is captured.
 Weights are random: they do not change the time.
 """
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from diffmf_ops import modules, reference
 
+from . import peers
 from .checkpoint import add_device_argument, select_device
 from .config import Config, load_config
 from .errors import UserError
@@ -26,7 +28,8 @@ from .loss import FusionLoss
 from .network import DIFFMF
 from .timing import milliseconds, write_results
 
-TASKS, MODES, PRECISIONS = ("fuse", "train"), ("eager", "compile", "graph"), ("fp32", "tf32", "bf16")
+TASKS, PRECISIONS = ("fuse", "train"), ("fp32", "tf32", "bf16")
+MODES = ("eager", "compile", "graph", "vmamba", "vmamba-graph")
 SIZES = {"cuda": ["512x512", "768x1024"], "cpu": ["128x128"]}
 CROPS = "4x128x128"  # the batch that training throughput is compared on
 
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", action="append", metavar="[Bx]HxW", help="may be repeated (default: 512x512, 768x1024; CPU: 128x128)"
     )
     parser.add_argument("--task", action="append", choices=TASKS, help="default: both")
-    parser.add_argument("--mode", action="append", choices=MODES, help="default: all; on a CPU eager")
+    parser.add_argument("--mode", action="append", choices=MODES, help="default: all there are; on a CPU eager")
     parser.add_argument(
         "--precision", action="append", choices=PRECISIONS, help="default: fp32 and bf16; on a CPU fp32"
     )
@@ -47,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write the numbers to DIR/model_{cpu,cuda}.json")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write the numbers to DIR/model[_CONFIG]_{cpu,cuda}.json"
+    )
     add_device_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as model.stages=2")
 
@@ -57,24 +62,29 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = device.type == "cuda"
     config = load_config(args.config, args.overrides)
     tasks, sizes = args.task or TASKS, args.size or SIZES[device.type]
-    modes = args.mode or (MODES if on_gpu else MODES[:1])
+    modes = args.mode or (MODES[: 5 if peers.has_vmamba() else 3] if on_gpu else MODES[:1])
     precisions = args.precision or (("fp32", "bf16") if on_gpu else ("fp32",))
-    if "graph" in modes and not on_gpu:
-        raise UserError(f"--mode graph: expected a CUDA device, found {device}")
+    for mode in modes:
+        if mode not in MODES[:2] and not on_gpu:
+            raise UserError(f"--mode {mode}: expected a CUDA device, found {device}")
+        if mode.startswith("vmamba") and not peers.has_vmamba():
+            raise UserError(f"--mode {mode}: VMamba's csm_triton and selective_scan_cuda_oflex are not installed")
     if args.repeats < 1:
         raise UserError(f"--repeats: expected at least 1, found {args.repeats}")
     shapes = {size: parse_size(size) for size in [*sizes, *([args.reference] if args.reference else [])]}
     if on_gpu:
         torch.cuda.set_device(device)
     rows = []
-    print(f"{'task':6}{'size':>12} {'precision':10}{'mode':9}{'ms':>10}{'images/s':>10}{'peak MiB':>10}", flush=True)
+    print(f"{'task':6}{'size':>12} {'precision':10}{'mode':14}{'ms':>10}{'images/s':>10}{'peak MiB':>10}", flush=True)
     for task in tasks:
         crops = [CROPS] if task == "train" and args.size is None and on_gpu else []
         for size in [*sizes, *crops]:
             for precision in precisions:
                 for mode in modes:
                     row = {"task": task, "size": size, "precision": precision, "mode": mode}
-                    rows.append(row | measure(config, device, parse_size(size), task, precision, mode, args.repeats))
+                    with on_vmamba() if mode.startswith("vmamba") else contextlib.nullcontext():
+                        row |= measure(config, device, parse_size(size), task, precision, mode, args.repeats)
+                    rows.append(row)
                     print(line(rows[-1]), flush=True)
     if args.reference:
         shape = shapes[args.reference]
@@ -98,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
             rows.append(parts)
             print(chart(parts), end="", flush=True)
     if args.output is not None:
-        print(f"written: {write_results(f'model_{device.type}', device.type, args.output, rows=rows)}")
+        name = "_".join(["model", *([Path(args.config).stem] if args.config else []), device.type])
+        print(f"written: {write_results(name, device.type, args.output, rows=rows)}")
     return 0
 
 
@@ -128,7 +139,7 @@ def measure(
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             function = (_fuse if task == "fuse" else _train)(config, device, shape, precision, mode)
-            if gpu and mode != "graph":  # a replay allocates nothing
+            if gpu and not mode.endswith("graph"):  # a replay allocates nothing
                 function()  # compiles, chooses convolutions
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -182,14 +193,14 @@ def _fuse(config: Config, device: torch.device, shape: tuple, precision: str, mo
         with _autocast(device, precision):
             return network(ir, vi)
 
-    return _captured(fuse) if mode == "graph" else fuse
+    return _captured(fuse) if mode.endswith("graph") else fuse
 
 
 def _train(config: Config, device: torch.device, shape: tuple, precision: str, mode: str) -> Callable:
     model = DIFFMF(config.model).to(device).train()
     network = torch.compile(model, dynamic=False) if mode == "compile" else model
     loss = FusionLoss(config.loss)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, capturable=mode == "graph")
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, capturable=mode.endswith("graph"))
     ir, vi = _images(device, shape)
 
     def step():
@@ -200,7 +211,7 @@ def _train(config: Config, device: torch.device, shape: tuple, precision: str, m
         nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or float("inf"))
         optimizer.step()
 
-    return _captured(step) if mode == "graph" else step
+    return _captured(step) if mode.endswith("graph") else step
 
 
 def _captured(function: Callable) -> Callable:
@@ -220,6 +231,11 @@ def _captured(function: Callable) -> Callable:
 def on_reference():
     """A context in which SS2D calls the PyTorch reference instead of the fused operator."""
     return mock.patch.object(modules, "ss2d", reference.ss2d)
+
+
+def on_vmamba():
+    """A context in which SS2D calls VMamba's kernels for its projections and its scan."""
+    return mock.patch.object(modules.SS2D, "scan", peers.vmamba_scan)
 
 
 def module_times(config: Config, device: torch.device, shape: tuple, precision: str, repeats: int) -> dict:
@@ -274,7 +290,7 @@ def _time_of(spans: dict[str, float], names: dict[str, nn.Module], name: str) ->
 
 
 def line(row: dict) -> str:
-    start = f"{row['task']:6}{row['size']:>12} {row['precision']:10}{row['mode']:9}"
+    start = f"{row['task']:6}{row['size']:>12} {row['precision']:10}{row['mode']:14}"
     if "error" in row:
         return f"{start}  {row['error']}"
     peak = f"{row['peak_mib']:10.0f}" if "peak_mib" in row else f"{'–':>10}"

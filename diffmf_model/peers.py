@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
 from diffmf_ops import reference, ss2d
-from diffmf_ops.modules import linear
+from diffmf_ops.modules import SS2D, linear
 
 K = 4  # paths
 SOURCES = {"none": (0, 1), "mutual": (1, 0), "from_visible": (1, 1), "from_infrared": (0, 0)}
@@ -140,7 +141,6 @@ def mamba_ssm(case, tensors, dy) -> Contender:
 
 
 def _pipeline(case, tensors, dy, scan, output_dtype):
-    csm = import_module("csm_triton")
     lead = tensors if case.modalities == 2 else [t[None] for t in tensors]
     dy = dy if case.modalities == 2 else dy[None]
     x, weight, dt_weight, dt_bias, A, D = ([t.detach() for t in lead[i]] for i in range(6))
@@ -153,24 +153,9 @@ def _pipeline(case, tensors, dy, scan, output_dtype):
         [t.flatten() for t in D],
     ]
     groups = [[t.requires_grad_() for t in group] for group in groups]
-    x, weight, dt_weight, dt_bias, A, D = groups
-    batch, length, split = case.batch, case.height * case.width, [case.rank, case.states, case.states]
 
     def run():
-        tokens, rows = [], []
-        for m in range(case.modalities):
-            scanned = csm.cross_scan_fn(x[m]).view(batch, -1, length)
-            rows.append(F.conv1d(scanned, weight[m], groups=K).view(batch, K, -1, length).split(split, 2))
-            tokens.append(scanned)
-        outputs = []
-        for m in range(case.modalities):
-            low = rows[m][0].contiguous().view(batch, -1, length)
-            delta = F.conv1d(low, dt_weight[m], groups=K)
-            _, B, C = rows[SOURCES[case.exchange][m]]
-            y = scan(tokens[m], delta, A[m], B.contiguous(), C.contiguous(), D[m], dt_bias[m])
-            y = y.view(batch, K, -1, case.height, case.width)
-            outputs.append(csm.cross_merge_fn(y).view(batch, -1, case.height, case.width))
-        return outputs
+        return _scan_images(scan, *groups, case.exchange)
 
     def to_ours(images):
         images = [t.permute(0, 2, 3, 1) for t in images]
@@ -179,6 +164,52 @@ def _pipeline(case, tensors, dy, scan, output_dtype):
     seeds = [t.permute(0, 3, 1, 2).contiguous().to(output_dtype) for t in dy]
     return Contender([t for group in groups for t in group], run, seeds, to_ours)
 
+
+def _scan_images(scan, x, weight, dt_weight, dt_bias, A, D, exchange):
+    """Lists of one tensor a modality, images channels first: cross-scan, projections, scan, cross-merge."""
+    csm = import_module("csm_triton")
+    batch, _, height, width = x[0].shape
+    states, rank = A[0].shape[1], dt_weight[0].shape[1]
+    tokens, rows, outputs = [], [], []
+    for image, matrix in zip(x, weight, strict=True):
+        scanned = csm.cross_scan_fn(image).view(batch, -1, height * width)
+        row = F.conv1d(scanned, matrix, groups=K).view(batch, K, -1, height * width)
+        rows.append(row.split([rank, states, states], 2))
+        tokens.append(scanned)
+    for m in range(len(x)):
+        low = rows[m][0].contiguous().view(batch, -1, height * width)
+        delta = F.conv1d(low, dt_weight[m], groups=K)
+        _, B, C = rows[SOURCES[exchange][m]]
+        y = scan(tokens[m], delta, A[m], B.contiguous(), C.contiguous(), D[m], dt_bias[m])
+        y = y.view(batch, K, -1, height, width)
+        outputs.append(csm.cross_merge_fn(y).view(batch, -1, height, width))
+    return outputs
+
+
+def has_vmamba() -> bool:
+    return all(find_spec(name) is not None for name in ("csm_triton", "selective_scan_cuda_oflex"))
+
+
+def vmamba_scan(module: SS2D, x: torch.Tensor) -> torch.Tensor:
+    """What `SS2D.scan` computes, by VMamba's kernels; between channels-last modules, as the network has them."""
+    if module.reproject:
+        raise NotForThis("for the direct exchange")
+    paired = x.dim() == 5
+    lead = [t if paired else t[None] for t in (x, module.x_proj_weight, module.dt_projs_weight)]
+    lead += [t if paired else t[None] for t in (module.dt_projs_bias, module.A_logs, module.Ds)]
+    images, weight, dt_weight, dt_bias, A_logs, D = lead
+    outputs = _scan_images(
+        _oflex(),
+        [t.permute(0, 3, 1, 2).contiguous() for t in images],
+        [t.flatten(0, 1)[..., None] for t in weight],
+        [t.flatten(0, 1)[..., None] for t in dt_weight],
+        [t.flatten() for t in dt_bias],
+        [-t.exp().expand(-1, module.d_state).contiguous() for t in A_logs],
+        list(D),
+        module.exchange,
+    )
+    y = torch.stack([t.permute(0, 2, 3, 1) for t in outputs]).to(x.dtype)
+    return y if paired else y[0]
 
 def mamba2(case, tensors, dy) -> Contender:
     """Mamba-2's scan (Triton) on the same tokens: a head a path, one step and one decay for all channels."""

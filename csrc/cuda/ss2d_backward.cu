@@ -1005,6 +1005,7 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
     }
     // In the place of the step and the input, which no lane of the channel needs any more.
     const int sum_base = sum_over_lanes<1, kLanes>(sum, 1, lanes, warp.lane_id);
+    if constexpr (kLanes != 1) __syncwarp();  // the other lanes have read them
     const int sum_held = max(1, 2 * CH / lanes);
 #pragma unroll
     for (int v = 0; v < 2 * CH; ++v)

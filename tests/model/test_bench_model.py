@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from diffmf_model import bench_model
+from diffmf_model import bench_model, peers
 from diffmf_model.config import load_config
 from diffmf_model.network import DIFFMF
-from diffmf_ops import modules, reference
+from diffmf_ops import modules, reference, selective_scan
 
 TINY = ["model.d_model=4", "model.d_state=2", "model.stages=1"]
 
@@ -49,6 +49,54 @@ def test_the_reference_network_is_the_same_network():
             expected = model(ir, vi)
         assert modules.ss2d is not reference.ss2d
         assert torch.allclose(model(ir, vi), expected, atol=1e-5)
+
+
+class FakeCSM:
+    """What VMamba's csm_triton computes, on any device."""
+
+    @staticmethod
+    def cross_scan_fn(x):  # (B, C, H, W) -> (B, K, C, L)
+        forward = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)
+        return torch.cat([forward, forward.flip(-1)], 1)
+
+    @staticmethod
+    def cross_merge_fn(y):  # (B, K, C, H, W) -> (B, C, L)
+        rows, columns = (y.flatten(3)[:, :2] + y.flatten(3)[:, 2:].flip(-1)).unbind(1)
+        return rows + columns.unflatten(-1, (y.shape[-1], y.shape[-2])).transpose(2, 3).flatten(2)
+
+
+def scan_in_torch(u, delta, A, B, C, D, bias):
+    return selective_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+
+
+@pytest.mark.parametrize("scalar", ["true", "false"])
+def test_the_network_on_vmambas_kernels_is_the_same_network(monkeypatch, scalar):
+    """With stand-ins for the kernels: what is between them is ours."""
+    model = DIFFMF(load_config(None, [*TINY, f"model.scalar_decay={scalar}"]).model)
+    ir, vi = torch.rand(2, 1, 1, 6, 7)
+    with torch.no_grad():
+        expected = model(ir, vi)
+        monkeypatch.setattr(peers, "import_module", lambda name: {"csm_triton": FakeCSM}[name])
+        monkeypatch.setattr(peers, "_oflex", lambda: scan_in_torch)
+        with bench_model.on_vmamba():
+            assert modules.SS2D.scan is peers.vmamba_scan
+            assert torch.allclose(model(ir, vi), expected, atol=1e-5)
+        assert modules.SS2D.scan is not peers.vmamba_scan
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and peers.has_vmamba()), reason="needs VMamba's kernels")
+@pytest.mark.parametrize("mode", ["vmamba", "vmamba-graph"])
+def test_the_network_on_vmambas_own_kernels(mode):
+    config = load_config(None, ["model.d_model=8", "model.stages=1"])
+    model = DIFFMF(config.model).cuda()
+    ir, vi = torch.rand(2, 1, 1, 24, 20, device="cuda")
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        expected = model(ir, vi)
+        with bench_model.on_vmamba():
+            assert torch.allclose(model(ir, vi), expected, atol=1e-4)
+    with bench_model.on_vmamba():
+        row = bench_model.measure(config, torch.device("cuda"), (1, 16, 16), "train", "bf16", mode, 2)
+    assert row["ms"]["median"] > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
