@@ -84,13 +84,13 @@ inline int resident_blocks(const void* kernel, const Layout& layout) {
 }
 
 // Cuts the axis so that `sequences` fill the device, which holds `resident` tasks (one chunk of one sequence) at once.
-// Chunking costs a second pass over the data, so it pays only where fewer than half of the device would have work
-// without it. Chunks are a multiple of `granule` tokens.
+// Chunking costs a second pass over the data, so it pays only where fewer than 1 / `least` of the device would have
+// work without it. Chunks are a multiple of `granule` tokens.
 inline Plan chunk_plan(const SS2DProblem& problem, const Layout& layout, int64_t sequences, int64_t resident,
-                       int64_t granule) {
+                       int64_t least, int64_t granule) {
   Plan plan;
   plan.layout = layout;
-  const int64_t wanted = sequences * 2 > resident ? 1 : resident / std::max<int64_t>(sequences, 1);
+  const int64_t wanted = sequences * least > resident ? 1 : resident / std::max<int64_t>(sequences, 1);
   plan.chunk = std::max(int64_t{1}, ceil_div(ceil_div(problem.tokens(), wanted), granule)) * granule;
   plan.chunks = ceil_div(problem.tokens(), plan.chunk);
   plan.tasks = sequences * plan.chunks;

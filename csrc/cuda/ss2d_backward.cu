@@ -1327,7 +1327,7 @@ BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t
                        bool all_paths) {
   const int64_t images = (shares_source(problem) ? 1 : problem.modalities) * problem.batch;
   const int64_t per_task = shares_source(problem) ? 2 : 1, at_once = all_paths ? problem.paths : 1;
-  BackwardPlan plan{chunk_plan(problem, layout, images * splits * at_once, resident, kCheckpoint)};
+  BackwardPlan plan{chunk_plan(problem, layout, images * splits * at_once, resident, 2, kCheckpoint)};
   plan.splits = splits;
   plan.share = ceil_div(layout.groups, splits);
   plan.all_paths = all_paths;

@@ -90,13 +90,13 @@ __device__ inline void copy_proj(const Params& p, const Bases& bases, int pixel,
              lane);
 }
 
-// Rows of the staged channels, up to an even rank.
+// Rows of the staged channels, the rank rounded up to a multiple of 4.
 inline __host__ __device__ int staged_rows(int rank) {
-  return kWeightRows + (rank > kMinRank ? rank + rank % 2 : kMinRank);
+  return kWeightRows + (rank > kMinRank ? (rank + 3) / 4 * 4 : kMinRank);
 }
 // The first of the staged channels' values, for a thread's channels; `channels` is at the first of them. kHeld: rows of
 // dt_weight among them, at most kMinRank.
-template <int CH, int kHeld = 2>
+template <int CH, int kHeld>
 struct StepWeights {
   float bias[CH], w[kHeld][CH];
   __device__ StepWeights(const Params& p, const float* channels) {
@@ -120,20 +120,32 @@ __device__ inline void held_raw(const Params& p, const float* row, const StepWei
   }
 }
 
-// Likewise for any rank > 0: what is not held comes from `channels`.
-template <int CH, int kHeld>
-__device__ inline void token_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
-                                 const float* channels, float (&raw)[CH]) {
-  held_raw(p, row, weights, raw);
-  const float* low = row + 2 * p.padded_states;
-#pragma unroll 1
-  for (int r = kHeld; r < p.rank; r += 2) {
-    const float2 pair = *reinterpret_cast<const float2*>(low + r);
-    float w[2][CH];
-    read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[0]);
-    read_floats<CH>(channels + (kWeightRows + r + 1) * p.block_channels, w[1]);
+// Likewise for any rank > 0 and kSide tokens, `stride` values apart: what is read of the weights serves all of them.
+template <int CH, int kSide>
+__device__ inline void raw_side_by_side(const Params& p, const float* row, int stride, const float* channels,
+                                        float (&raw)[kSide][CH]) {
+  float bias[CH];
+  read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
 #pragma unroll
-    for (int c = 0; c < CH; ++c) raw[c] = fmaf(pair.y, w[1][c], fmaf(pair.x, w[0][c], raw[c]));
+  for (int i = 0; i < kSide; ++i)
+#pragma unroll
+    for (int c = 0; c < CH; ++c) raw[i][c] = bias[c];
+  const float* low = row + 2 * p.padded_states;
+  const float* weights = channels + kWeightRows * p.block_channels;
+#pragma unroll 1
+  for (int r = 0; r < p.rank; r += 4, low += 4, weights += 4 * p.block_channels) {  // zeros follow the last rank
+    float w[4][CH];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) read_floats<CH>(weights + k * p.block_channels, w[k]);
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      float quad[4];
+      read_floats<4>(low + i * stride, quad);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) raw[i][c] = fmaf(quad[k], w[k][c], raw[i][c]);
+    }
   }
 }
 
@@ -160,31 +172,39 @@ struct ForwardBases : Bases {
   }
 };
 
-// The steps of the thread's channels at its share of a tile's tokens, into `steps`, rows of block_channels.
-template <int CH>
+// The steps of the thread's channels at its share of a tile's tokens, into `steps`, rows of block_channels; kSide
+// tokens at a time, which its share is a multiple of.
+template <int CH, int kSide>
 __device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, const float* rows,
-                                     const StepWeights<CH>& weights, const float* channels, const char* raw_delta,
-                                     float* steps) {
+                                     const float* channels, const char* raw_delta, float* steps) {
 #pragma unroll 1
-  for (int t = seat.lane; t < kTile; t += p.state_lanes) {
-    float raw[CH];
+  for (int t = seat.lane; t < kTile; t += kSide * p.state_lanes) {
+    float raw[kSide][CH];
     if (p.rank > 0) {
-      token_raw(p, rows + t * p.pitch, weights, channels, raw);
+      raw_side_by_side(p, rows + t * p.pitch, p.state_lanes * p.pitch, channels, raw);
     } else {
-      const char* const row = raw_delta + t * p.block_channels * p.element();
-      if (p.half) {
-        read_activation<CH, true>(p, row, seat.c, raw);
-      } else {
-        read_activation<CH, false>(p, row, seat.c, raw);
+      float bias[CH];
+      read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) {
+        const char* const row = raw_delta + (t + i * p.state_lanes) * p.block_channels * p.element();
+        if (p.half) {
+          read_activation<CH, true>(p, row, seat.c, raw[i]);
+        } else {
+          read_activation<CH, false>(p, row, seat.c, raw[i]);
+        }
+#pragma unroll
+        for (int c = 0; c < CH; ++c) raw[i][c] += bias[c];
       }
-#pragma unroll
-      for (int c = 0; c < CH; ++c) raw[c] += weights.bias[c];
     }
-    if (p.softplus) {
 #pragma unroll
-      for (int c = 0; c < CH; ++c) raw[c] = softplus(raw[c]);
+    for (int i = 0; i < kSide; ++i) {
+      if (p.softplus) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c) raw[i][c] = softplus(raw[i][c]);
+      }
+      write_floats<CH>(steps + (t + i * p.state_lanes) * p.block_channels, raw[i]);
     }
-    write_floats<CH>(steps + t * p.block_channels, raw);
   }
 }
 
@@ -224,7 +244,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
   };
 
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const StepWeights<CH, kAlone ? held_rank(NS) : 2> weights(p, channels);
+  const StepWeights<CH, kAlone ? held_rank(NS) : 1> weights(p, channels);  // read where the thread is alone
   float skip[CH] = {};
   if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 
@@ -249,8 +269,12 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
     }
     const float* steps = reinterpret_cast<const float*>(shared + p.steps_at) + seat.c;
     if constexpr (!kAlone) {
-      compute_steps<CH>(p, seat, rows, weights, channels, shared + p.delta_at + buffer * p.block_channels * p.element(),
-                        const_cast<float*>(steps));
+      const char* const raw_delta = shared + p.delta_at + buffer * p.block_channels * p.element();
+      if (p.state_lanes <= kTile / 4) {
+        compute_steps<CH, 4>(p, seat, rows, channels, raw_delta, const_cast<float*>(steps));
+      } else {
+        compute_steps<CH, 1>(p, seat, rows, channels, raw_delta, const_cast<float*>(steps));
+      }
       __syncwarp();
     }
 
@@ -543,8 +567,9 @@ Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
     for (const auto& paths : senses)
       for (size_t i = pairs; i < paths.size(); ++i) params.round[params.rounds++] = {{paths[i], -1}};
   }
+  // Chunks are walked twice, so a third of the device without them is as good as all of it with them.
   Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups,
-                         int64_t{resident} * tasks_per_block, 2 * kTile);
+                         int64_t{resident} * tasks_per_block, 3, 2 * kTile);
   plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, ceil_div(plan.tasks, tasks_per_block)));
   if (problem.dtype != DType::f32)
     plan.sum_at = plan.reserve(problem.modalities * problem.batch * problem.tokens() * problem.channels);
