@@ -234,8 +234,8 @@ def write_report(docs: Path) -> None:
     parts = ["# Benchmarks", "Written by `benchmarks/render.py` from `benchmarks/results`, measured by `diffmf bench`."]
     parts.append(
         "ms, median (range) of calls in turn, each after the second-level cache was overwritten. Projection GEMMs are "
-        "included on both sides, except for Mamba-2, whose scan alone is timed, and for the kernel tables. PyTorch's "
-        "default precisions: convolutions, which the peers project with, may use TF32, our GEMM does not."
+        "included on both sides, except for Mamba-2, whose scan alone is timed, and for the kernel tables; on both sides "
+        "they may use TF32."
     )
     for name, results in found.items():
         plots = [("speedup", lambda r, path: plot_speedups(r["rows"], path))]

@@ -1,4 +1,7 @@
-"""`diffmf bench`: times ss2d with its projection GEMM, from x to the merged y, beside peers in the same run."""
+"""`diffmf bench`: times ss2d with its projection GEMM, from x to the merged y, beside peers in the same run.
+
+Projections may use TF32 on both sides; errors are measured without it.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,8 @@ def measure(case: Case, device: str, wanted: list[str], seconds: float, limits: 
     row["kernel"] = milliseconds(kernel, device, seconds=seconds)
     for key, method in (("forward", "forward"), ("forward and backward", "both")):
         calls = {name: getattr(contender, method) for name, contender in contenders.items()}
-        times = alternate(calls, device, seconds=seconds)
+        with peers.tf32(True):
+            times = alternate(calls, device, seconds=seconds)
         for name in contenders:
             target = row if name == "diffmf" else row["peers"][name]
             target[key] = times[name]

@@ -7,6 +7,7 @@ timed; the projections and the cross-scan are inside, except for Mamba-2, whose 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -211,6 +212,7 @@ def vmamba_scan(module: SS2D, x: torch.Tensor) -> torch.Tensor:
     y = torch.stack([t.permute(0, 2, 3, 1) for t in outputs]).to(x.dtype)
     return y if paired else y[0]
 
+
 def mamba2(case, tensors, dy) -> Contender:
     """Mamba-2's scan (Triton) on the same tokens: a head a path, one step and one decay for all channels."""
     if not case.shared_decay or case.modalities == 2:
@@ -250,15 +252,30 @@ PEERS = {
 }
 
 
+@contextmanager
+def tf32(allowed: bool):
+    """TF32 for all projections or for none: by default PyTorch lets convolutions use it, which the peers project with,
+    and not matrix products, which ours is."""
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
+
+
 def relative_error(found, expected) -> float:
     found, expected = found.float(), expected.float()
     return ((found - expected).norm() / expected.norm()).item()
 
 
 def errors(peer: Contender, case, tensors, dy) -> dict[str, float]:
-    """Relative errors of a peer's output and gradient of x against ours, cuDNN without TF32."""
+    """Relative errors of a peer's output and gradient of x against ours, without TF32."""
     x, weight, *parameters = tensors
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with tf32(False):
         proj = project(x, weight)
         y = ss2d(x, proj if peer.projects else proj.detach(), *parameters, exchange=case.exchange)
         (dx,) = torch.autograd.grad(y, x, dy)

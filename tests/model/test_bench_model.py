@@ -90,7 +90,7 @@ def test_the_network_on_vmambas_own_kernels(mode):
     config = load_config(None, ["model.d_model=8", "model.stages=1"])
     model = DIFFMF(config.model).cuda()
     ir, vi = torch.rand(2, 1, 1, 24, 20, device="cuda")
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), peers.tf32(False):
         expected = model(ir, vi)
         with bench_model.on_vmamba():
             assert torch.allclose(model(ir, vi), expected, atol=1e-4)
