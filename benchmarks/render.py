@@ -234,8 +234,8 @@ def write_report(docs: Path) -> None:
     parts = ["# Benchmarks", "Written by `benchmarks/render.py` from `benchmarks/results`, measured by `diffmf bench`."]
     parts.append(
         "ms, median (range) of calls in turn, each after the second-level cache was overwritten. Projection GEMMs are "
-        "included on both sides, except for Mamba-2, whose scan alone is timed, and for the kernel tables; on both sides "
-        "they may use TF32."
+        "included on both sides, in TF32 where inputs are float32, except for Mamba-2, whose scan alone is timed, and "
+        "for the kernel tables."
     )
     for name, results in found.items():
         plots = [("speedup", lambda r, path: plot_speedups(r["rows"], path))]
