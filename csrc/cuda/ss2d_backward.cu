@@ -1157,10 +1157,11 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
   };
   clear();
   if (p.chunks > 1) {
-    const int tasks = p.modalities * p.batch * p.groups * p.paths * p.chunks;
+    const int summaries = p.chunks - 1, tasks = p.modalities * p.batch * p.groups * p.paths * summaries;
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
-      const int sequence = task / p.chunks / p.paths, chunk = task % p.chunks;
-      const Track track(p, sequence / p.groups, task / p.chunks % p.paths, sequence % p.groups);
+      const int nth = task / summaries, sequence = nth / p.paths;
+      const Track track(p, sequence / p.groups, nth - sequence * p.paths, sequence % p.groups);
+      const int chunk = task - nth * summaries + (track.reversed ? 0 : 1);  // nothing comes from the last
       const int d = track.first_d + place.c;
       float g[CH][NS] = {}, steps[CH] = {};
       summarize_chunk<NS, CH, kLanes, kSharedDecay>(p, place, track, chunk, g, steps);
@@ -1333,8 +1334,7 @@ BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t
   plan.all_paths = all_paths;
   // Tasks of phase 1; they take about two fifths of the time, and what comes before and after a walk about that of 16
   // tokens.
-  const int64_t summaries =
-      plan.chunks > 1 ? problem.modalities * problem.batch * layout.groups * problem.paths * plan.chunks : 0;
+  const int64_t summaries = problem.modalities * problem.batch * layout.groups * problem.paths * (plan.chunks - 1);
   plan.cost = (std::min(plan.chunk, problem.tokens()) + 16) *
               (5 * ceil_div(plan.tasks, resident) * plan.share * per_task * (problem.paths / at_once) +
                2 * ceil_div(summaries, resident));

@@ -354,7 +354,8 @@ __device__ inline void store_state(const Params& p, float* plane, int d, int lan
 }
 
 // Turns the summaries of the chunks (end state from a zero start; the decay of a chunk is exp(A * its sum of steps))
-// into the state that enters each chunk, in place; along the scan, or against it for the gradients (`backwards`).
+// into the state that enters each chunk, in place; along the scan, or against it for the gradients (`backwards`). The
+// last chunk has no summary.
 // Threads of a block stand for neighbouring channels times `segments` runs of chunks: each folds its run, the block
 // scans the runs, each walks its run again. `scratch` holds 2 floats a thread. Loads are batched: they do not depend
 // on the running state.
@@ -403,7 +404,7 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* sc
         float summary[kBatch], step[kBatch];
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
-          if (at + j < last) {
+          if (at + j < min(last, p.chunks - 1)) {
             const int64_t chunk = descending ? p.chunks - 1 - at - j : at + j;
             summary[j] = state[chunk * plane];
             step[j] = steps[chunk * p.channels];
@@ -414,6 +415,7 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* sc
           if (at + j < last) {
             const int64_t chunk = descending ? p.chunks - 1 - at - j : at + j;
             if (write) state[chunk * plane] = running;
+            if (at + j == p.chunks - 1) break;
             running = fmaf(exp2_fast(a * step[j]), running, summary[j]);
             step_sum += step[j];
           }

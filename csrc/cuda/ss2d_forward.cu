@@ -3,7 +3,7 @@
 // M * B * K sequences of L tokens are far too few to fill a GPU, so the axis is cut into chunks and scanned in three
 // phases with grid barriers between them:
 //
-//   1. every (path, chunk): end state of the chunk from a zero start, and the sum of its steps;
+//   1. every (path, chunk) but the last along the path: end state from a zero start, and the sum of its steps;
 //   2. a scan over the chunks turns those into the state that enters each chunk (prefix_chunks);
 //   3. every chunk again, from its true start, now writing y.
 //
@@ -175,8 +175,8 @@ struct ForwardBases : Bases {
 // The steps of the thread's channels at its share of a tile's tokens, into `steps`, rows of block_channels; kSide
 // tokens at a time, which its share is a multiple of.
 template <int CH, int kSide>
-__device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, const float* rows,
-                                     const float* channels, const char* raw_delta, float* steps) {
+__device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, const float* rows, const float* channels,
+                                     const char* raw_delta, float* steps) {
 #pragma unroll 1
   for (int t = seat.lane; t < kTile; t += kSide * p.state_lanes) {
     float raw[kSide][CH];
@@ -375,14 +375,13 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   const Seat seat = {in_warp & (p.state_lanes - 1), (in_warp >> p.lane_shift) * CH, in_warp % kTokenLanes,
                      in_warp / kTokenLanes, reinterpret_cast<char*>(shared_base) + warp * p.warp_bytes};
   const int64_t plane = int64_t{p.states} * p.channels;
-  const int tasks = p.modalities * p.batch * p.groups * p.chunks;
+  const int tasks = p.modalities * p.batch * p.groups * p.chunks;  // (sequence, chunk)
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
   for (int i = in_warp * 4; i < p.warp_bytes; i += 32 * 4) *reinterpret_cast<float*>(seat.shared + i) = 0.f;
   __syncwarp();
-  // The track of a path for task (modality, batch item, channel block, chunk), the last fastest.
-  auto track_of = [&](int task, int path) {
-    const int sequence = task / p.chunks;
+  // The track of a path of a sequence (modality, batch item, channel block), the last fastest.
+  auto track_of = [&](int sequence, int path) {
     const Track track(p, sequence / p.groups, path, sequence % p.groups);
     __syncwarp();  // nobody reads what the walk before needed
     stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32, staged_rows(p.rank));
@@ -392,9 +391,11 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   };
 
   if (p.chunks > 1) {
-    for (int item = blockIdx.x * kWarps + warp; item < tasks * p.paths; item += gridDim.x * kWarps) {
-      const Track track = track_of(item / p.paths, item % p.paths);
-      const int chunk = item / p.paths % p.chunks, begin = chunk * p.chunk;
+    const int summaries = p.chunks - 1, items = tasks / p.chunks * summaries * p.paths;  // nothing enters from the last
+    for (int item = blockIdx.x * kWarps + warp; item < items; item += gridDim.x * kWarps) {
+      const int nth = item / p.paths, path = item % p.paths, sequence = nth / summaries;
+      const Track track = track_of(sequence, path);
+      const int chunk = nth - sequence * summaries + (track.reversed ? 1 : 0), begin = chunk * p.chunk;
       const int d = track.first_d + seat.c;
       float a[CH][kSharedDecay ? 1 : NS], h[CH][NS] = {}, step_sum[CH] = {};
       load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
@@ -420,7 +421,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     for (int first = blockIdx.x * tasks_per_block; first < tasks; first += gridDim.x * tasks_per_block) {
       const int task = first + (pair ? 0 : warp);
       const bool works = task < tasks;
-      const Track track = track_of(works ? task : 0, path);
+      const Track track = track_of(works ? task / p.chunks : 0, path);
       const int chunk = task % p.chunks;
       const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
       const int middle = min(begin + (end - begin + 2 * kTile - 1) / (2 * kTile) * kTile, end);
