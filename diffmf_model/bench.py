@@ -17,6 +17,7 @@ from diffmf_ops import ss2d
 from . import ceilings, peers
 from .checkpoint import add_device_argument, select_device
 from .errors import UserError
+from .images import make_folder
 from .timing import alternate, milliseconds, peak_extra_mib, write_results
 
 
@@ -226,11 +227,15 @@ def run(args: argparse.Namespace) -> int:
         torch.cuda.set_device(device)
     chosen = select_cases(args.cases, device.type)
     wanted = select_peers(args.peers, device.type)
+    if args.output is not None:
+        make_folder(args.output)
     results = {"rows": []}
     if device.type == "cuda":
         results["ceilings"] = ceilings.measure()
         rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in results["ceilings"].items())
         print(f"ceilings, T/s: {rates}")
+    group = args.cases if len(args.cases) == 1 and args.cases[0] in GROUPS else []
+    file, written = "_".join(["ss2d", device.type, *group]), None
     print(f"{'case':40} {'kernel':>9} {'forward':>9} {'fwd+bwd':>9}  ms, median; extra MiB")
     for name in chosen:
         case = ALL[name]
@@ -238,13 +243,13 @@ def run(args: argparse.Namespace) -> int:
         row = {"name": name, **measure(case, device.type, wanted, args.seconds, limits)}
         results["rows"].append(row)
         show(row)
+        if args.output is not None:
+            written = write_results(file, device.type, args.output, **results)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     show_means(results["rows"])
-    if args.output is not None:
-        group = args.cases if len(args.cases) == 1 and args.cases[0] in GROUPS else []
-        file = "_".join(["ss2d", device.type, *group])
-        print(f"written: {write_results(file, device.type, args.output, **results)}")
+    if written is not None:
+        print(f"written: {written}")
     failed = [f"{name} on {row['case']}: {why}" for row in results["rows"] for name, why in row["failed"].items()]
     if failed:
         raise UserError("; ".join(failed))

@@ -24,6 +24,7 @@ from . import peers
 from .checkpoint import add_device_argument, select_device
 from .config import Config, load_config
 from .errors import UserError
+from .images import make_folder
 from .loss import FusionLoss
 from .network import DIFFMF
 from .timing import milliseconds, write_results
@@ -72,9 +73,18 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise UserError(f"--repeats: expected at least 1, found {args.repeats}")
     shapes = {size: parse_size(size) for size in [*sizes, *([args.reference] if args.reference else [])]}
+    if args.output is not None:
+        make_folder(args.output)
     if on_gpu:
         torch.cuda.set_device(device)
-    rows = []
+    rows, name = [], "_".join(["model", *([Path(args.config).stem] if args.config else []), device.type])
+
+    def keep(row: dict) -> None:
+        rows.append(row)
+        print(chart(row) if row["task"] == "modules" else line(row) + "\n", end="", flush=True)
+        if args.output is not None:
+            write_results(name, device.type, args.output, rows=rows)
+
     print(f"{'task':6}{'size':>12} {'precision':10}{'mode':14}{'ms':>10}{'images/s':>10}{'peak MiB':>10}", flush=True)
     for task in tasks:
         crops = [CROPS] if task == "train" and args.size is None and on_gpu else []
@@ -84,32 +94,28 @@ def run(args: argparse.Namespace) -> int:
                     row = {"task": task, "size": size, "precision": precision, "mode": mode}
                     with on_vmamba() if mode.startswith("vmamba") else contextlib.nullcontext():
                         row |= measure(config, device, parse_size(size), task, precision, mode, args.repeats)
-                    rows.append(row)
-                    print(line(rows[-1]), flush=True)
+                    keep(row)
     if args.reference:
         shape = shapes[args.reference]
         for task in tasks:
             pair = []
-            for name, patch in (("eager", contextlib.nullcontext()), ("reference", on_reference())):
+            for mode, patch in (("eager", contextlib.nullcontext()), ("reference", on_reference())):
                 with patch:
                     row = measure(
-                        config, device, shape, task, "fp32", "eager", 2 if name == "reference" else args.repeats
+                        config, device, shape, task, "fp32", "eager", 2 if mode == "reference" else args.repeats
                     )
-                pair.append({"task": task, "size": args.reference, "precision": "fp32", "mode": name} | row)
-                print(line(pair[-1]), flush=True)
+                pair.append({"task": task, "size": args.reference, "precision": "fp32", "mode": mode} | row)
+                keep(pair[-1])
             if all("ms" in each for each in pair):
                 ratio = pair[1]["ms"]["median"] / pair[0]["ms"]["median"]
                 print(f"    on the PyTorch reference {ratio:.1f} times as long", flush=True)
-            rows += pair
     for size in sizes:
         for precision in precisions:
             parts = {"task": "modules", "size": size, "precision": precision, "mode": "eager"}
             parts |= module_times(config, device, shapes[size], precision, args.repeats)
-            rows.append(parts)
-            print(chart(parts), end="", flush=True)
+            keep(parts)
     if args.output is not None:
-        name = "_".join(["model", *([Path(args.config).stem] if args.config else []), device.type])
-        print(f"written: {write_results(name, device.type, args.output, rows=rows)}")
+        print(f"written: {args.output / name}.json")
     return 0
 
 

@@ -38,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             implementation = import_module(f".{COMMANDS[argv[0]][0]}", __package__)
             implementation.add_arguments(parsers[argv[0]])
             parsers[argv[0]].set_defaults(run=implementation.run)
-        args = parser.parse_args(argv)
+        args, rest = parser.parse_known_args(argv)
+        # argparse takes a list of settings from one place only; here options may stand between them.
+        if not hasattr(args, "overrides") or any(word.startswith("-") for word in rest):
+            args = parser.parse_args(argv)  # says what is wrong with the rest, if there is one
+        else:
+            args.overrides += rest
         return args.run(args)
     except UserError as error:
         print("diffmf: error:", " ".join(str(error).splitlines()), file=sys.stderr)

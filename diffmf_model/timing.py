@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .images import atomic_write
+
 
 def milliseconds(function, device: str, **options) -> dict[str, float]:
     """`alternate` of a single function."""
@@ -122,8 +124,8 @@ def _cpu_name() -> str:
 
 
 def write_results(name: str, device: str, folder: Path, **results) -> Path:
-    """Writes the results with the environment to `folder`/NAME.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the results with the environment to `folder`/NAME.json; after every row, so that none is lost."""
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(device), **results}, indent=1) + "\n")
+    with atomic_write(path) as file:
+        file.write((json.dumps({"environment": environment(device), **results}, indent=1) + "\n").encode())
     return path

@@ -33,6 +33,14 @@ def test_version(command):
     assert status == 0 and stdout.startswith("diffmf ")
 
 
+def test_settings_may_stand_around_options(command, monkeypatch):
+    monkeypatch.setattr("diffmf_model.train.run", lambda args: print(args.config, args.overrides) or 0)
+    status, stdout, _ = command("train", "--data", "x", "a.b=1", "--config", "paper", "c.d=2", "e.f=3")
+    assert status == 0 and stdout == "paper ['a.b=1', 'c.d=2', 'e.f=3']\n"
+    status, _, stderr = command("train", "--data", "x", "a.b=1", "--nothing", "--config", "paper", "c.d=2")
+    assert status == 2 and "unrecognized arguments: --nothing" in stderr
+
+
 @pytest.mark.parametrize("arguments", [(), ("paint",), ("fuse", "--colour"), ("evaluate",)])
 def test_wrong_usage(command, arguments):
     status, _, stderr = command(*arguments)
