@@ -35,7 +35,8 @@ def where(environment: dict) -> str:
 
 
 def spread(time: dict) -> str:
-    return f"{time['median']:.2f} ({time['min']:.2f}–{time['max']:.2f})"
+    found = f" ({time['min']:.2f}–{time['max']:.2f})" if "min" in time else ""
+    return f"{time['median']:.2f}{found}"
 
 
 def memory(entry: dict) -> str:
@@ -259,13 +260,12 @@ def write_report(docs: Path) -> None:
             "graph, `vmamba` the same network on VMamba's kernels, eager, `vmamba-graph` that as one CUDA graph.",
         ]
     for name, results in models.items():
-        plot_modules(results, docs / f"{name}_modules.png")
-        parts += [
-            f"### {NETWORKS[name]}",
-            model_table(results),
-            f"![{NETWORKS[name]}, by part and by kind of module]({name}_modules.png)",
-            f"{where(results['environment'])}.",
-        ]
+        parts += [f"### {NETWORKS[name]}", model_table(results)]
+        if any("parts" in row for row in results["rows"]):
+            plot_modules(results, docs / f"{name}_modules.png")
+            parts.append(f"![{NETWORKS[name]}, by part and by kind of module]({name}_modules.png)")
+        note = f" {results['note']}." if "note" in results else ""
+        parts.append(f"{where(results['environment'])}.{note}")
     (docs / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 
