@@ -142,5 +142,31 @@ inline void load_tile(const Rows& rows, int64_t first, int64_t last, int64_t wid
   });
 }
 
+// Fetches rows into the cache, a token at a time while others are worked on: along columns every row is another page,
+// and waiting for all of them at once costs more than the scan.
+class RowsAhead {
+ public:
+  RowsAhead(const Rows& rows, int64_t first, int64_t width)
+      : line_(rows.line),
+        position_(first % rows.line),
+        bytes_(width * size(rows.dtype)),
+        step_(rows.token_stride * size(rows.dtype)),
+        jump_((rows.line_stride - (rows.line - 1) * rows.token_stride) * size(rows.dtype)),
+        at_(static_cast<const char*>(rows.base) +
+            (first / rows.line * rows.line_stride + position_ * rows.token_stride) * size(rows.dtype)) {}
+  void next() {
+    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
+    __builtin_prefetch(at_ + bytes_ - 1);
+    const bool ends = ++position_ == line_;
+    at_ += ends ? jump_ : step_;
+    if (ends) position_ = 0;
+  }
+
+ private:
+  static int64_t size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+  int64_t line_, position_, bytes_, step_, jump_;
+  const char* at_;
+};
+
 }  // namespace
 }  // namespace diffmf::cpu::DIFFMF_ISA

@@ -9,6 +9,7 @@
 // backwards with the gradient of the state in `carry`.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "convert.h"
@@ -19,6 +20,7 @@ namespace {
 
 constexpr int kStateBlock = 16;
 constexpr int64_t kTile = kCheckpoint * kLanes;
+constexpr int64_t kRowsAhead = 16;  // fetched while others are added to
 
 // Hands out consecutive parts of the workspace, each a multiple of kLanes and so aligned; also counts them (null base).
 template <class Real>
@@ -150,9 +152,27 @@ inline void with_variant(const Scan& scan, const Tiles<Real>& tiles, Function f)
   }
 }
 
+// The rows of the piece that is scanned next.
+struct PieceAhead {
+  RowsAhead x, bc, step;
+  int64_t tokens;
+  PieceAhead(const Scan& scan, const Piece& piece)
+      : x(scan.x, piece.first, scan.lanes),
+        bc(scan.bc, piece.first, 2 * scan.states),
+        step(scan.rank ? scan.dt : scan.delta, piece.first, scan.rank ? scan.rank : scan.lanes),
+        tokens(piece.last - piece.first) {}
+  void next() {
+    if (tokens-- <= 0) return;
+    x.next();
+    bc.next();
+    step.next();
+  }
+};
+
 template <class Real, bool Zoh, bool Shared, bool Bounded>
 __attribute__((noinline)) void forward_piece(const Scan& scan, const Parameters<Real>& parameters,
-                                             const Tiles<Real>& tiles, int64_t tokens, Real* state, Real* y) {
+                                             const Tiles<Real>& tiles, PieceAhead ahead, int64_t tokens, Real* state,
+                                             Real* y) {
   constexpr int V = kBlockVectors<Real>, W = kWidth<Real>;
   using Vec = Vector<Real>;
   const int states = scan.states;
@@ -160,6 +180,7 @@ __attribute__((noinline)) void forward_piece(const Scan& scan, const Parameters<
   for (int64_t i = 0; i < tokens; ++i) {
     const int64_t t = scan.reverse ? tokens - 1 - i : i;
     const Real *b = tiles.bc + t * 2 * states, *c = b + states;
+    ahead.next();
     Vec x[V], step[V], e[V], input[V], sum[V];
     for (int v = 0; v < V; ++v) {
       x[v] = load(tiles.x + t * kLanes + v * W);
@@ -203,10 +224,12 @@ void forward(const Scan& scan, int64_t first, int64_t count, Real* state, Real* 
     const Piece piece = scan_piece(scan.tokens, scan.pieces, scan.reverse, first + i);
     if (scan.saved) save_state(scan, piece, state);
     tiles.template read<false>(scan, parameters, piece);
+    const int64_t later = std::min(first + i + 1, scan.pieces - 1);  // after the last, that one again
+    const PieceAhead ahead(scan, scan_piece(scan.tokens, scan.pieces, scan.reverse, later));
     with_variant(scan, tiles, [&](auto variant) {
       using V = decltype(variant);
-      forward_piece<Real, V::kZoh, V::kShared, V::kBounded>(scan, parameters, tiles, piece.last - piece.first, state,
-                                                            y);
+      forward_piece<Real, V::kZoh, V::kShared, V::kBounded>(scan, parameters, tiles, ahead, piece.last - piece.first,
+                                                            state, y);
     });
   }
 }
@@ -519,10 +542,17 @@ int64_t backward_workspace(int states, int rank) {
 
 template <class Real>
 void add(const Rows& rows, int64_t first, int64_t last, const Real* slots, int64_t stride, int64_t width) {
-  for_rows<Real>(rows, first, last, [&](int64_t i, Real* row) {
+  const auto add_row = [&](int64_t i, Real* row, int64_t count) {
     const Real* __restrict slot = slots + i * stride;
     Real* __restrict sum = row;
-    for (int64_t j = 0; j < width; ++j) sum[j] += slot[j];
+    for (int64_t j = 0; j < count; ++j) sum[j] += slot[j];
+  };
+  if (width != kLanes) return for_rows<Real>(rows, first, last, [&](int64_t i, Real* row) { add_row(i, row, width); });
+  RowsAhead ahead(rows, first, width);
+  for (int64_t i = std::min(kRowsAhead, last - first); i > 0; --i) ahead.next();
+  for_rows<Real>(rows, first, last, [&](int64_t i, Real* row) {
+    if (first + i + kRowsAhead < last) ahead.next();
+    add_row(i, row, kLanes);
   });
 }
 
