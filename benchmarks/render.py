@@ -39,6 +39,12 @@ def spread(time: dict) -> str:
     return f"{time['median']:.2f}{found}"
 
 
+def origin(results: dict) -> str:
+    """Where the results were measured, and what is to be known about them."""
+    note = f" {results['note']}." if "note" in results else ""
+    return f"{where(results['environment'])}.{note}"
+
+
 def memory(entry: dict) -> str:
     return " / ".join(f"{mib:.0f}" for mib in entry.get("extra MiB", {}).values())
 
@@ -252,7 +258,7 @@ def write_report(docs: Path) -> None:
         parts.append(contender_table(results))
         if "ceilings" in results:
             parts.append(kernel_table(results))
-        parts.append(f"{where(results['environment'])}.")
+        parts.append(origin(results))
     if models:
         parts += [
             "## The network",
@@ -264,8 +270,7 @@ def write_report(docs: Path) -> None:
         if any("parts" in row for row in results["rows"]):
             plot_modules(results, docs / f"{name}_modules.png")
             parts.append(f"![{NETWORKS[name]}, by part and by kind of module]({name}_modules.png)")
-        note = f" {results['note']}." if "note" in results else ""
-        parts.append(f"{where(results['environment'])}.{note}")
+        parts.append(origin(results))
     (docs / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 
