@@ -156,6 +156,8 @@ def measure(
             return {"ms": times, "images_per_second": 1e3 * shape[0] / times["median"]} | peak
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
+    except peers.NotForThis as error:
+        return {"error": f"VMamba's kernels are measured {error} only"}
     except RuntimeError as error:
         if mode != "compile":
             raise
@@ -169,14 +171,12 @@ def measure(
 def _backend_settings(precision: str, searching: bool):
     """TF32 where asked for, and cuDNN's search for the fastest convolution, which `diffmf train` switches on."""
     cudnn = torch.backends.cudnn
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    cudnn.allow_tf32, cudnn.benchmark = precision == "tf32", searching
+    before, cudnn.benchmark = cudnn.benchmark, searching
     try:
-        yield
+        with peers.tf32(precision == "tf32"):
+            yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.benchmark = before[1:]
+        cudnn.benchmark = before
 
 
 def _images(device: torch.device, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from diffmf_ops import reference, ss2d
-from diffmf_ops.modules import SS2D, linear
+from diffmf_ops.modules import EXCHANGE_SOURCES, SS2D, linear
 
 K = 4  # paths
-SOURCES = {"none": (0, 1), "mutual": (1, 0), "from_visible": (1, 1), "from_infrared": (0, 0)}
 
 
 class NotForThis(Exception):
@@ -180,7 +179,7 @@ def _scan_images(scan, x, weight, dt_weight, dt_bias, A, D, exchange):
     for m in range(len(x)):
         low = rows[m][0].contiguous().view(batch, -1, height * width)
         delta = F.conv1d(low, dt_weight[m], groups=K)
-        _, B, C = rows[SOURCES[exchange][m]]
+        _, B, C = rows[EXCHANGE_SOURCES[exchange][m]]
         y = scan(tokens[m], delta, A[m], B.contiguous(), C.contiguous(), D[m], dt_bias[m])
         y = y.view(batch, K, -1, height, width)
         outputs.append(csm.cross_merge_fn(y).view(batch, -1, height, width))

@@ -149,11 +149,11 @@ class RowsAhead {
   RowsAhead(const Rows& rows, int64_t first, int64_t width)
       : line_(rows.line),
         position_(first % rows.line),
-        bytes_(width * size(rows.dtype)),
-        step_(rows.token_stride * size(rows.dtype)),
-        jump_((rows.line_stride - (rows.line - 1) * rows.token_stride) * size(rows.dtype)),
+        bytes_(width * element_size(rows.dtype)),
+        step_(rows.token_stride * element_size(rows.dtype)),
+        jump_((rows.line_stride - (rows.line - 1) * rows.token_stride) * element_size(rows.dtype)),
         at_(static_cast<const char*>(rows.base) +
-            (first / rows.line * rows.line_stride + position_ * rows.token_stride) * size(rows.dtype)) {}
+            (first / rows.line * rows.line_stride + position_ * rows.token_stride) * element_size(rows.dtype)) {}
   void next() {
     for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
     __builtin_prefetch(at_ + bytes_ - 1);
@@ -163,7 +163,6 @@ class RowsAhead {
   }
 
  private:
-  static int64_t size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
   int64_t line_, position_, bytes_, step_, jump_;
   const char* at_;
 };

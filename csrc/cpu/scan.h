@@ -11,6 +11,18 @@ namespace diffmf::cpu {
 // Channels scanned together: one AVX-512 vector of floats, two of AVX2. The same for every instruction set.
 constexpr int kLanes = 16;
 
+// In bytes. (static: see simd.h.)
+static inline int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+      return 8;
+    case DType::f32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
 // The tokens of one tensor along a path's axis: the row of token q is at
 // base + (q / line) * line_stride + (q % line) * token_stride, strides in elements of dtype.
 struct Rows {

@@ -43,17 +43,6 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
 }
 
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return 8;
-    case DType::f32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 // One scan: its coordinates, and its place among the scans of a wave.
 struct ScanId {
   int64_t m, b;

@@ -69,19 +69,33 @@ def scan_in_torch(u, delta, A, B, C, D, bias):
     return selective_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
 
 
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """For VMamba's kernels, on any device."""
+    monkeypatch.setattr(peers, "import_module", lambda name: {"csm_triton": FakeCSM}[name])
+    monkeypatch.setattr(peers, "_oflex", lambda: scan_in_torch)
+
+
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("scalar", ["true", "false"])
-def test_the_network_on_vmambas_kernels_is_the_same_network(monkeypatch, scalar):
+def test_the_network_on_vmambas_kernels_is_the_same_network(scalar):
     """With stand-ins for the kernels: what is between them is ours."""
     model = DIFFMF(load_config(None, [*TINY, f"model.scalar_decay={scalar}"]).model)
     ir, vi = torch.rand(2, 1, 1, 6, 7)
     with torch.no_grad():
         expected = model(ir, vi)
-        monkeypatch.setattr(peers, "import_module", lambda name: {"csm_triton": FakeCSM}[name])
-        monkeypatch.setattr(peers, "_oflex", lambda: scan_in_torch)
         with bench_model.on_vmamba():
             assert modules.SS2D.scan is peers.vmamba_scan
             assert torch.allclose(model(ir, vi), expected, atol=1e-5)
         assert modules.SS2D.scan is not peers.vmamba_scan
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_what_vmambas_kernels_cannot_do_is_a_row_without_a_time():
+    config = load_config(None, [*TINY, "model.channel_exchange=reproject"])
+    with bench_model.on_vmamba():
+        row = bench_model.measure(config, torch.device("cpu"), (1, 6, 7), "fuse", "fp32", "vmamba", 1)
+    assert row == {"error": "VMamba's kernels are measured for the direct exchange only"}
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and peers.has_vmamba()), reason="needs VMamba's kernels")
