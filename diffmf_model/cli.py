@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from .errors import UserError
+from .memory import keep_freed_memory
 
 COMMANDS = {
     "fuse": ("fuse", "fuse infrared-visible pairs"),
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser.parse_args(argv)  # says what is wrong with the rest, if there is one
         else:
             args.overrides += rest
+        keep_freed_memory()
         return args.run(args)
     except UserError as error:
         print("diffmf: error:", " ".join(str(error).splitlines()), file=sys.stderr)

@@ -1,5 +1,5 @@
-// Exponentials (own polynomials in float, at most 1.5 ulp off) and softplus (at most 4 ulp off). In double they are the
-// C library's functions, lane by lane: for checking gradients rather than for speed.
+// Exponentials (own approximations in float, at most 2 ulp off) and softplus (at most 4 ulp off). In double they are
+// the C library's functions, lane by lane: for checking gradients rather than for speed.
 #pragma once
 
 #include "simd.h"
@@ -7,8 +7,8 @@
 namespace diffmf::cpu::DIFFMF_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kSoftplusLimit = 20;  // torch's threshold: softplus(x) = x above it
+constexpr float kLog2E = 1.44269504f, kLog2ELow = 1.925963e-08f;  // log2(e), and what is left of it
+constexpr float kSoftplusLimit = 20;                              // torch's threshold: softplus(x) = x above it
 
 // 2 P(r) with 2^r = 1 + r P(r) on [-1/2, 1/2], fitted for the relative error of 2^r: 2e-9, so 0.94 ulp in float.
 inline FloatV twice_exp2_slope(FloatV r) {
@@ -37,6 +37,50 @@ inline FloatV exp2(FloatV t, FloatV& slope) {
   return exp2_product(at_most(broadcast(129.f), at_least(broadcast(-126.f), t)), broadcast(1.f), slope);
 }
 
+#if defined(__AVX2__)
+// Adding it to |t| < 2^18 rounds t to eighths and leaves their number in the low bits.
+constexpr float kRoundEighths = 12582912.f / 8;
+
+// The bits of 2^(i / 8) less i << 20: adding j << 20 for a j that is i mod 8 multiplies by 2^((j - i) / 8).
+constexpr int32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+
+// 2^r 2^i for |r| <= 1/16 and rounded = i + kRoundEighths: half the polynomial (relative error 3e-8), and a table.
+inline FloatV exp2_eighths(FloatV rounded, FloatV r) {
+  FloatV p = broadcast(0.0554962218f);
+  p = p * r + 0.240257630f;
+  p = p * r + 0.693147214f;
+  return (p * r + 1.f) * (FloatV)(((IntV)rounded << 20) + look_up(kEighths, (IntV)rounded));
+}
+
+// 2^t with t = factor * scale, |t| < 126, at most 2 ulp off.
+inline FloatV exp2_bounded(FloatV factor, FloatV scale) {
+  const FloatV rounded = factor * scale + kRoundEighths;
+  return exp2_eighths(rounded, factor * scale - (rounded - kRoundEighths));
+}
+
+// exp(v) for v <= 0, the product with log2(e) in two parts; at least 2^-126, NaN stays NaN.
+inline FloatV exp_nonpositive(FloatV v) {
+  v = at_least(broadcast(-126 / kLog2E), v);
+  const FloatV rounded = v * kLog2E + kRoundEighths;
+  return exp2_eighths(rounded, v * kLog2E - (rounded - kRoundEighths) + v * kLog2ELow);
+}
+#else
+inline FloatV exp2_bounded(FloatV factor, FloatV scale) {
+  FloatV slope;
+  return exp2_product(factor, scale, slope);
+}
+
+// exp(v) for v <= 0, its argument reduced in two parts (Cody and Waite) so that the product with log2(e) costs nothing;
+// zero below -87, NaN stays NaN.
+inline FloatV exp_nonpositive(FloatV v) {
+  v = at_least(broadcast(-126 * 0.693147181f), v);
+  const FloatV rounded = v * kLog2E + kRound, i = rounded - kRound;
+  const FloatV r = (v - i * 0.693359375f + i * 2.12194440e-4f) * kLog2E;
+  return (twice_exp2_slope(r) * r + 2.f) * (FloatV)((IntV)rounded << 23);
+}
+#endif
+
 // What multiplies A before decay(): float works in powers of two.
 template <class Real>
 constexpr Real kDecayScale = 1;
@@ -48,6 +92,7 @@ constexpr float kDecayBound = 125;
 // exp(step * A) with scaled = A * kDecayScale and, when Zoh, bbar = (exp(step * A) - 1) / A.
 template <bool Zoh, bool Bounded>
 inline FloatV decay(FloatV step, FloatV scaled, FloatV inverse, FloatV& bbar) {
+  if (Bounded && !Zoh) return exp2_bounded(step, scaled);
   FloatV slope;
   const FloatV e = Bounded ? exp2_product(step, scaled, slope) : exp2(step * scaled, slope);
   // Without an integer part 2^t - 1 is t P(t) without cancellation, and t / A = step * log2(e).
@@ -97,15 +142,6 @@ inline DoubleV bbar_slope(DoubleV step, DoubleV a, DoubleV inverse, DoubleV e, D
     }
   }
   return slope;
-}
-
-// exp(v) for v <= 0, its argument reduced in two parts (Cody and Waite) so that the product with log2(e) costs nothing;
-// zero below -87, NaN stays NaN.
-inline FloatV exp_nonpositive(FloatV v) {
-  v = at_least(broadcast(-126 * 0.693147181f), v);
-  const FloatV rounded = v * kLog2E + kRound, i = rounded - kRound;
-  const FloatV r = (v - i * 0.693359375f + i * 2.12194440e-4f) * kLog2E;
-  return (twice_exp2_slope(r) * r + 2.f) * (FloatV)((IntV)rounded << 23);
 }
 
 // log(1 + exp(v)), or v itself above torch's threshold; when Slope also its derivative.

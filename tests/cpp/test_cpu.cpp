@@ -376,7 +376,7 @@ void test_functions() {
     const double z = -e.tensors[kDelta][2 * i + 1];
     worst = std::fmax(worst, std::fabs(y[2 * i + 1] / std::exp(z) - 1) - std::fabs(z) * 1.2e-7);
   }
-  check("exp, relative error from -85 to 85 beyond that of its argument", worst, 2.4e-7);  // 2 ulp; measured 6e-8
+  check("exp, relative error from -85 to 85 beyond that of its argument", worst, 2.4e-7);  // 2 ulp; measured 9e-8
 
   for (const double z : Values{-INFINITY, -1e30, -200, 100, NAN}) {
     Case limit{"limit", p, false, false, false, {}, {}};
