@@ -69,6 +69,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    weights: str = ""  # start from a model file, or from bundled weights by name; empty for random values
     epochs: int = _within(46, 1)
     lr: float = _within(2e-5, 0.0)
     schedule: Literal["constant", "cosine"] = "constant"

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from .checkpoint import (
     add_device_argument,
+    load_model,
     read_training_state,
     restore_training_state,
     save_model,
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(config, args.data, folder, device, rank, world)
         if tensors is not None:
             trainer.restore(state, tensors, info)
+        elif config.train.weights:
+            trainer.start_from(config.train.weights)
         with trainer:
             trainer.train()
     return 0
@@ -178,6 +181,15 @@ class Trainer:
 
     def __exit__(self, *error) -> None:
         self.files.close()
+
+    def start_from(self, weights: str) -> None:
+        """Takes over a model's parameters. Raises UserError as `load_model` does and where its settings are others."""
+        model = load_model(weights)
+        if model.config != self.config.model:
+            raise UserError(
+                f"train.weights: {weights} has other model settings, {model.config}; expected those of this run, {self.config.model}"
+            )
+        self.model.load_state_dict(model.state_dict())
 
     def restore(self, path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
         restore_training_state(path, tensors, self.model, self.optimizer, self.averaged)

@@ -246,6 +246,20 @@ def test_divergence_names_step_pairs_and_checkpoint(data, tmp_path, monkeypatch,
     assert info["step"] == 3 and all(value.isfinite().all() for value in state.values())
 
 
+def test_a_run_starts_from_given_weights(data, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli.main(arguments(data, first, "train.epochs=1")) == 0
+    more = [f"train.weights={first / 'last.safetensors'}", "train.epochs=1", "train.lr=0"]
+    assert cli.main(arguments(data, second, *more)) == 0
+    assert (first / "last.safetensors").read_bytes() == (second / "last.safetensors").read_bytes()
+    # A run that goes on does not need the file any more.
+    (first / "last.safetensors").unlink()
+    assert cli.main(arguments(data, second, *more, "train.epochs=2", "--resume")) == 0
+    capsys.readouterr()
+    assert cli.main(arguments(data, tmp_path / "third", "train.weights=full")) == 2
+    assert "train.weights: full has other model settings" in capsys.readouterr().err
+
+
 def test_epochs_visit_every_pair_once_and_processes_share_them():
     batches = [EpochBatches(11, 2, rank, 2, seed=3) for rank in range(2)]
     seen = []
