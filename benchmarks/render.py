@@ -144,7 +144,7 @@ def model_table(results: dict) -> str:
     lines = [
         [
             *(row["task"], row["size"].replace("x", "×"), row["precision"], row["mode"], spread(row["ms"])),
-            *(f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}", longer(row)),
+            *(f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}" if "peak_mib" in row else "–", longer(row)),
         ]
         for row in results["rows"]
         if "ms" in row
@@ -228,7 +228,12 @@ def plot_roofline(results: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-NETWORKS = {"model_cuda": "The paper's network", "model_small_cuda": "diffmf-s"}
+NETWORKS = {
+    "model_cuda": "The paper's network",
+    "model_small_cuda": "diffmf-s",
+    "model_cpu": "The paper's network on a CPU",
+    "model_small_cpu": "diffmf-s on a CPU",
+}
 TITLES = {"ss2d_cuda": "Cases", "ss2d_cuda_length": "Time against image size", "ss2d_cuda_sweep": "Sweep"}
 
 

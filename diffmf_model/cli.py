@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, (_, summary) in COMMANDS.items()
     }
     try:
+        keep_freed_memory()
         if argv and argv[0] in COMMANDS:  # importing only this module keeps `diffmf --help` quick
             implementation = import_module(f".{COMMANDS[argv[0]][0]}", __package__)
             implementation.add_arguments(parsers[argv[0]])
@@ -45,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser.parse_args(argv)  # says what is wrong with the rest, if there is one
         else:
             args.overrides += rest
-        keep_freed_memory()
         return args.run(args)
     except UserError as error:
         print("diffmf: error:", " ".join(str(error).splitlines()), file=sys.stderr)

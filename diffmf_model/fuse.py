@@ -22,11 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="OUT", help="PNG file or folder to write (default: fused.png or fused/)")
     add_weights_argument(parser)
     add_device_argument(parser)
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16 is faster on a GPU and changes pixels by up to 3 of 255 (default: %(default)s)",
+    )
     parser.add_argument("--grey", action="store_true", help="write grey images also where the visible one has colour")
 
 
 def run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        return _fuse(args, device)
+
+
+def _fuse(args: argparse.Namespace, device: torch.device) -> int:
     if args.ir is None:
         return _fuse_file(SAMPLE, args, device)
     if args.vi is None:

@@ -1,17 +1,20 @@
 """How freed memory is kept."""
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory it frees, where the C library is glibc; does nothing elsewhere.
+    """Lets this process keep the memory it frees, in large pages; to be called before PyTorch is imported.
 
     glibc returns each large tensor to the system, which clears the pages of the next one anew: a third of the time of
-    fusing on a CPU. The environment's `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` do the same for any program.
+    fusing on a CPU. Does nothing with other C libraries. For any program the environment does the same:
+    `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 THP_MEM_ALLOC_ENABLE=1`.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at PyTorch's first allocation
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none

@@ -187,7 +187,8 @@ class Trainer:
         model = load_model(weights)
         if model.config != self.config.model:
             raise UserError(
-                f"train.weights: {weights} has other model settings, {model.config}; expected those of this run, {self.config.model}"
+                f"train.weights: {weights} has other model settings, {model.config}; "
+                f"expected those of this run, {self.config.model}"
             )
         self.model.load_state_dict(model.state_dict())
 
