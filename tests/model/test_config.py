@@ -29,7 +29,7 @@ def test_file_then_overrides(tmp_path):
         ("epochs=3", "override 'epochs=3': expected section.key=value"),
         ("train.epochs", "override 'train.epochs': expected section.key=value"),
         ("trian.epochs=3", "unknown section 'trian'; expected one of model, loss, data, train, logging"),
-        ("train.epoch=3", "train.epoch: unknown setting; train has epochs, lr"),
+        ("train.epoch=3", "train.epoch: unknown setting; train has weights, epochs"),
         ("train.epochs=three", "train.epochs: expected an integer from 1 to inf, found 'three'"),
         ("train.epochs=0", "train.epochs: expected an integer from 1 to inf, found 0"),
         ("train.epochs=2.5", "train.epochs: expected an integer from 1 to inf, found '2.5'"),
