@@ -11,8 +11,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory it frees, in large pages; to be called before PyTorch is imported.
 
     glibc returns each large tensor to the system, which clears the pages of the next one anew: a third of the time of
-    fusing on a CPU. Does nothing with other C libraries. For any program the environment does the same:
-    `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 THP_MEM_ALLOC_ENABLE=1`.
+    fusing on a CPU. With other C libraries only the large pages are asked for. The environment does the same for any
+    program: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 THP_MEM_ALLOC_ENABLE=1`.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at PyTorch's first allocation
     if not sys.platform.startswith("linux"):

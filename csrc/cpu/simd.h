@@ -94,18 +94,16 @@ inline DoubleV keep(DoubleV v, DoubleV mask) { return (DoubleV)((LongV)v & (Long
 
 inline FloatV absolute(FloatV v) { return (FloatV)((IntV)v & 0x7fffffff); }
 
-#if defined(__AVX2__)
 // Entry `index` mod 8 of the table, in each lane.
 #if defined(__AVX512F__)
 inline IntV look_up(const int32_t* table, IntV index) {
   const __m512i entries = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
   return (IntV)_mm512_permutexvar_epi32((__m512i)index, entries);
 }
-#else
+#elif defined(__AVX2__)
 inline IntV look_up(const int32_t* table, IntV index) {
   return (IntV)_mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)), (__m256i)index);
 }
-#endif
 #endif
 
 // Lane i of the result is the sum of the lanes of row i.

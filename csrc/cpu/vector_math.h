@@ -7,8 +7,8 @@
 namespace diffmf::cpu::DIFFMF_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f, kLog2ELow = 1.925963e-08f;  // log2(e), and what is left of it
-constexpr float kSoftplusLimit = 20;                              // torch's threshold: softplus(x) = x above it
+constexpr float kLog2E = 1.44269504f;
+constexpr float kSoftplusLimit = 20;  // torch's threshold: softplus(x) = x above it
 
 // 2 P(r) with 2^r = 1 + r P(r) on [-1/2, 1/2], fitted for the relative error of 2^r: 2e-9, so 0.94 ulp in float.
 inline FloatV twice_exp2_slope(FloatV r) {
@@ -38,6 +38,8 @@ inline FloatV exp2(FloatV t, FloatV& slope) {
 }
 
 #if defined(__AVX2__)
+constexpr float kLog2ELow = 1.925963e-08f;  // what kLog2E leaves of log2(e)
+
 // Adding it to |t| < 2^18 rounds t to eighths and leaves their number in the low bits.
 constexpr float kRoundEighths = 12582912.f / 8;
 
