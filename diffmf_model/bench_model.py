@@ -23,6 +23,7 @@ from diffmf_ops import modules, reference
 from . import peers
 from .checkpoint import add_device_argument, select_device
 from .config import Config, load_config
+from .cuda_graph import captured
 from .errors import UserError
 from .images import make_folder
 from .loss import FusionLoss
@@ -199,7 +200,7 @@ def _fuse(config: Config, device: torch.device, shape: tuple, precision: str, mo
         with _autocast(device, precision):
             return network(ir, vi)
 
-    return _captured(fuse) if mode.endswith("graph") else fuse
+    return captured(fuse) if mode.endswith("graph") else fuse
 
 
 def _train(config: Config, device: torch.device, shape: tuple, precision: str, mode: str) -> Callable:
@@ -217,21 +218,7 @@ def _train(config: Config, device: torch.device, shape: tuple, precision: str, m
         nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or float("inf"))
         optimizer.step()
 
-    return _captured(step) if mode.endswith("graph") else step
-
-
-def _captured(function: Callable) -> Callable:
-    """The function as a CUDA graph's replay, warmed up on a stream of its own as capture wants it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = function()
-    return lambda: (graph.replay(), kept)[1]
+    return captured(step) if mode.endswith("graph") else step
 
 
 def on_reference():

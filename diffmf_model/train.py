@@ -38,6 +38,7 @@ from .checkpoint import (
     select_device,
 )
 from .config import Config, TrainConfig, load_config, to_dict, updated
+from .cuda_graph import captured
 from .data import PairDataset, RandomCrops
 from .errors import UserError
 from .images import atomic_write, make_folder, to_uint8
@@ -156,7 +157,8 @@ class Trainer:
         if settings.compile:
             self.network = torch.compile(self.network)
         self.loss = FusionLoss(config.loss)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
+        self.gradients = None  # `_gradients` or its graph, from the first step on
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=device.type == "cuda")
         self.averaged = None
         if settings.ema > 0:
             self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
@@ -234,22 +236,20 @@ class Trainer:
     def _train_step(self, batch: dict) -> tuple[dict, bool]:
         """One optimizer step. Returns the log record and whether the time is up, the same on every process."""
         settings = self.config.train
-        # Stochastic depth draws from a stream of this step's own.
-        stream = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(stream[0]))
         rate = learning_rate(settings, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.network.train()
-        self.optimizer.zero_grad()
-        ir, vi = (batch[key].to(self.device, non_blocking=True) for key in ("ir", "vi_y"))
-        with self._autocast():
-            fused = self.network(ir, vi)
-        parts = self.loss(fused, ir, vi)
-        parts["total"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)
+        images = [batch[key].to(self.device, non_blocking=True) for key in ("ir", "vi_y")]
+        if self.gradients is None:
+            # One process on a GPU replays a graph: the step is thousands of launches. DDP's hooks are left out of it.
+            graph = self.device.type == "cuda" and self.world == 1
+            self.gradients = captured(self._gradients, *images) if graph else self._gradients
+        # Stochastic depth draws from a stream of this step's own.
+        stream = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(stream[0]))
+        values = self.gradients(*images)
         late = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
-        values = torch.stack([*(value.detach() for value in parts.values()), norm, norm.new_tensor(float(late))])
+        values = torch.cat([values, values.new_tensor([float(late)])])
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
@@ -263,6 +263,18 @@ class Trainer:
         record = {"step": self.step, "epoch": (self.step - 1) // len(self.batches) + 1, "loss": total, "ssim": ssim}
         record |= {"texture": texture, "intensity": intensity, "gradient_norm": norm, "lr": rate}
         return record, late > 0
+
+    def _gradients(self, ir: torch.Tensor, vi: torch.Tensor) -> torch.Tensor:
+        """Leaves a batch's clipped gradients in the parameters: total loss, its three parts, and the gradient norm."""
+        self.network.train()
+        self.optimizer.zero_grad()
+        with self._autocast():
+            fused = self.network(ir, vi)
+        parts = self.loss(fused, ir, vi)
+        parts["total"].backward()
+        limit = self.config.train.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return torch.stack([*(value.detach() for value in parts.values()), norm])
 
     def _fit_steps(self, done: int) -> None:
         """Ends the schedule within train.fit_minutes, from the time of the steps that this process has done so far.

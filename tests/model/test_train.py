@@ -103,6 +103,24 @@ def test_a_compiled_step_is_the_eager_one(data, tmp_path, monkeypatch):
     assert record["config"]["train"]["compile"] is True and record["environment"]["torch"] == torch.__version__
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_step_is_the_eager_one(data, tmp_path, monkeypatch, precision):
+    more = [f"train.precision={precision}", "model.drop_path=0.3", "train.ema=0.5", "data.workers=1"]
+
+    def losses(name, epochs, *flags):
+        command = arguments(data, tmp_path / name, f"train.epochs={epochs}", *more, *flags)
+        command[command.index("cpu")] = "cuda"
+        assert cli.main(command) == 0
+        return [record["loss"] for record in lines(tmp_path / name / "log.jsonl")]
+
+    graph = losses("graph", 3)
+    losses("resumed", 1)  # captured anew at another step: stochastic depth still draws the same
+    assert losses("resumed", 3, "--resume") == pytest.approx(graph, rel=1e-5)
+    monkeypatch.setattr(training, "captured", lambda function, *inputs: function)
+    assert losses("eager", 3) == pytest.approx(graph, rel=1e-5)
+
+
 def test_bf16_follows_fp32(data, tmp_path):
     losses = []
     for precision in ("fp32", "bf16"):
