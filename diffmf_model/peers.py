@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from diffmf_ops import reference, ss2d
+from diffmf_ops import modules, reference, ss2d
 from diffmf_ops.modules import EXCHANGE_SOURCES, SS2D, linear
 
 K = 4  # paths
@@ -50,10 +50,14 @@ def project(x, weight):
     return linear(x, weight).unflatten(-1, (K, -1))
 
 
+def _scan(x, weight, *parameters, exchange="none"):
+    x, proj = modules.project(x, weight)
+    return ss2d(x, proj.unflatten(-1, (K, -1)), *parameters, exchange=exchange)
+
+
 def ours(case, tensors, dy) -> Contender:
     def run():
-        x, weight, *parameters = tensors
-        return [ss2d(x, project(x, weight), *parameters, exchange=case.exchange)]
+        return [_scan(*tensors, exchange=case.exchange)]
 
     return Contender(tensors, run, [dy], lambda outputs: outputs[0])
 
@@ -65,7 +69,7 @@ def separate(case, tensors, dy) -> Contender:
     parts = [[t[m].detach().requires_grad_() for t in tensors] for m in range(2)]
 
     def run():
-        return [ss2d(x, project(x, weight), *parameters) for x, weight, *parameters in parts]
+        return [_scan(*part) for part in parts]
 
     leaves = [t for pair in zip(*parts, strict=True) for t in pair]
     return Contender(leaves, run, list(dy), torch.stack, comparable=case.exchange == "none")

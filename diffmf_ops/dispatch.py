@@ -55,11 +55,24 @@ class Operator:
     def __call__(self, *arguments):
         if torch.compiler.is_compiling() or _watched(arguments):
             return self.registered(*arguments)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _transformed():
             return self.transformable.apply(*arguments)
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+        if wants_gradient(arguments):
             return self.function.apply(*arguments)
         return self.kernel(*arguments)
+
+
+def is_plain(arguments) -> bool:
+    """Whether nothing but autograd must see a call: not torch.compile, a dispatch mode, a subclass or torch.func."""
+    return not (torch.compiler.is_compiling() or _watched(arguments) or _transformed())
+
+
+def wants_gradient(arguments) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _watched(arguments) -> bool:

@@ -18,8 +18,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .depthwise_conv_silu import KERNEL_SIZES, depthwise_conv_silu
+from .dispatch import is_plain, wants_gradient
 from .norm_gate import norm_gate
 from .ss2d import ss2d
 
@@ -35,17 +37,59 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I) by weight (O, I), or x (M, ..., I) by weight (M, O, I) as one batched GEMM; bias ([M,] O)."""
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
-    # Runs of tokens as a batch of their own: the weight's gradient sums over the tokens, and cuBLAS does not split the
-    # sum of a batched product, so one product per modality would leave most of the GPU idle.
-    tokens = x.flatten(1, -2)
-    runs = math.gcd(tokens.shape[1], 64)
-    tokens = tokens.unflatten(1, (runs, -1)).flatten(0, 1)
+    tokens = _runs(x)
+    runs = len(tokens) // len(weight)
     weight = weight.mT.repeat_interleave(runs, 0)
     if bias is None:
         y = torch.bmm(tokens, weight)
     else:
         y = torch.baddbmm(bias.repeat_interleave(runs, 0).unsqueeze(1), tokens, weight)
     return y.view(*x.shape[:-1], -1)
+
+
+def _runs(x: Tensor) -> Tensor:
+    """(M, ..., I) -> (M * runs, tokens, I): runs of tokens as a batch of their own.
+
+    The weight's gradient sums over the tokens, and cuBLAS does not split the sum of a batched product, so one product
+    per modality would leave most of the GPU idle.
+    """
+    tokens = x.flatten(1, -2)
+    return tokens.unflatten(1, (math.gcd(tokens.shape[1], 64), -1)).flatten(0, 1)
+
+
+def project(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, linear(x, weight)), for an operator that reads both; autocast is applied to both.
+
+    The GEMM that gives the projection's part of x's gradient adds it to the other part in place: one pass over the
+    activations less. So the returned x must go to one operator only, and that must not keep its gradient.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if is_plain((x, weight)) and wants_gradient((x, weight)):
+        return _Project.apply(x, weight)
+    return x, linear(x, weight)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x, linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dproj):
+        x, weight = ctx.saved_tensors
+        dx = dx.contiguous()
+        if weight.dim() == 2:
+            dproj = dproj.flatten(0, -2)
+            dx.flatten(0, -2).addmm_(dproj, weight)
+            return dx, dproj.mT @ x.flatten(0, -2)
+        dproj = _runs(dproj)
+        runs = len(dproj) // len(weight)
+        _runs(dx).baddbmm_(dproj, weight.repeat_interleave(runs, 0))
+        return dx, torch.bmm(dproj.mT, _runs(x)).unflatten(0, (-1, runs)).sum(1)
 
 
 class Linear(nn.Module):
@@ -235,7 +279,8 @@ class SS2D(nn.Module):
             x = self._exchanged_tokens(x)
             proj = torch.einsum("mbhwkd,mkcd->mbhwkc", x, self.x_proj_weight)
         else:
-            proj = linear(x, self.x_proj_weight.flatten(-3, -2)).unflatten(-1, (len(PATHS), -1))
+            x, proj = project(x, self.x_proj_weight.flatten(-3, -2))
+            proj = proj.unflatten(-1, (len(PATHS), -1))
         dtype = torch.promote_types(x.dtype, torch.float32)  # the operator's parameters are never below fp32
         per_path = (len(PATHS), self.d_inner)
         return ss2d(

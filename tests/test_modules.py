@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffmf_ops.modules import EXCHANGE_SOURCES, SS2D, VSSBlock
+from diffmf_ops.modules import EXCHANGE_SOURCES, SS2D, VSSBlock, linear, project
 
 # Relative L2 errors measured: fp32 up to 2.2e-7; bf16 autocast up to 6.3e-3.
 FP32, BF16 = 3e-6, 3e-2
@@ -187,6 +187,24 @@ def test_pointwise_convolution_weights_load():
     assert state["op.in_proj.weight"].dim() == 4
     block.load_state_dict(state)
     assert torch.equal(block.op.in_proj.weight, state["op.in_proj.weight"][..., 0, 0])
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_projected_gradients_are_those_of_a_linear_layer(lead, wanted, device):
+    x = torch.randn(*lead, 3, 5, 7, 6, dtype=torch.float64, device=device).transpose(-2, -3)
+    weight = torch.randn(*lead, 8, 6, dtype=torch.float64, device=device)
+    ours = [t.clone().requires_grad_(each) for t, each in zip((x, weight), wanted, strict=True)]
+    plain = [t.clone().requires_grad_(each) for t, each in zip((x, weight), wanted, strict=True)]
+    same_x, proj = project(*ours)
+    assert torch.equal(same_x, x)
+    torch.testing.assert_close(proj, linear(x, weight), rtol=1e-12, atol=1e-12)
+    ((same_x.sin() * 3).sum() + proj.square().sum()).backward()
+    ((plain[0].sin() * 3).sum() + linear(*plain).square().sum()).backward()
+    for one, other, each in zip(ours, plain, wanted, strict=True):
+        assert (one.grad is not None) == each
+        if each:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mlp_ratio", [0.0, 2.0])

@@ -27,8 +27,6 @@ constexpr int kMinBlocks = 6;  // a multiprocessor holds: at most 168 registers 
 constexpr int kTile = 8;       // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
 constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile: fewer would copy less of a row at once
 static_assert(kCheckpoint % kTile == 0, "tiles must not straddle pieces");
-// The greatest rank with which a thread can be alone: its weights are kept in registers.
-__host__ __device__ constexpr int held_rank(int states) { return states == 1 ? 8 : 4; }
 
 struct Round {
   int path[kWarps];  // of the two warps; path[1] is -1 when the round has one path, and the warps take two chunks
@@ -215,18 +213,46 @@ __device__ inline void decode_staged(const char* from, float* to, int count, DTy
     *reinterpret_cast<float4*>(to + i) = decode_quad(from + i * 2, dtype);
 }
 
+// A shared decay is that of all states of a channel, so it need not be multiplied into each of them at every token:
+// within a tile they are kept divided by the decay since the tile began, `since`, and made whole at its end, or before
+// that falls below this.
+constexpr float kLeastSince = 0x1p-40f;
+constexpr int kSide = 4;                       // tokens whose decays are looked at together
+__device__ inline float reciprocal(float v) {  // relative error 2^-23
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+template <int NS, int CH>
+__device__ inline void make_whole(float (&h)[CH][NS], float (&since)[CH]) {
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+#pragma unroll
+    for (int n = 0; n < NS; ++n) h[c][n] *= since[c];
+    since[c] = 1.f;
+  }
+}
+
 // Walks tokens [from, to) of the axis along one path. `a` and h are the thread's decays and its state, in and out.
 // Summaries (!kOutput) also add up the steps. `visits_first`: nobody has written y of these tokens yet.
-// kAlone: the thread holds all states of its channels, which exist all or none, and the weights of their low-rank part;
-// the step is its softplus, and is computed where the token is scanned. Otherwise the lanes of a channel share the work
-// of a tile's steps beforehand.
-template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kAlone, bool kOutput>
+// Summaries with a shared decay are taken from the end: what a token leaves there is its input, times the decay of all
+// after it, times B.
+// kHeld > 0: the thread holds all states of its channels, which exist all or none, and the weights of their low-rank
+// part, whose rank is at most kHeld; the step is its softplus, and is computed where the token is scanned. Otherwise
+// the lanes of a channel share the work of a tile's steps beforehand.
+template <int NS, int CH, bool kSharedDecay, bool kZoh, int kHeld, bool kOutput>
 __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
                      const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
+  constexpr bool kAlone = kHeld > 0;
   constexpr int kQuad = NS < 4 ? NS : 4;
   const int tiles = (to - from + kTile - 1) / kTile;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
-  auto first_token = [&](int tile) { return from + (track.reversed ? tiles - 1 - tile : tile) * kTile; };
+  constexpr bool kFromEnd = kSharedDecay && !kOutput;
+  const bool descending = track.reversed != kFromEnd;
+  float after[CH];  // from the end: the decay of all tokens after this one
+#pragma unroll
+  for (int c = 0; c < CH; ++c) after[c] = 1.f;
+  auto first_token = [&](int tile) { return from + (descending ? tiles - 1 - tile : tile) * kTile; };
   // Starts the copies of a tile and notes where its tokens are in y. Past the end: the last token once more.
   auto issue = [&](int tile) {
     const int lane = opaque(seat.copy_lane), element = opaque(p.element());
@@ -244,7 +270,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
   };
 
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
-  const StepWeights<CH, kAlone ? held_rank(NS) : 1> weights(p, channels);  // read where the thread is alone
+  const StepWeights<CH, kAlone ? kHeld : 1> weights(p, channels);  // read where the thread is alone
   float skip[CH] = {};
   if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 
@@ -288,16 +314,17 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
       }
     }
 
-    const int count = min(kTile, to - q0), first = track.reversed ? count - 1 : 0;
-    const int row_step = track.reversed ? -p.pitch : p.pitch;
-    const int x_step = track.reversed ? -p.block_channels : p.block_channels;
+    const int count = min(kTile, to - q0), first = descending ? count - 1 : 0;
+    const int sense = descending ? -1 : 1;
+    const int row_step = descending ? -p.pitch : p.pitch;
+    const int x_step = descending ? -p.block_channels : p.block_channels;
     const float* row = rows + first * p.pitch;
     const float* x_row = x_rows + first * p.block_channels + seat.c;
     const int64_t* offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer + first;
     if constexpr (!kAlone) steps += first * p.block_channels;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      float x[CH], step[CH], input[CH];
+    // Of the token at `row`: x, its step, and what goes into the state; with a shared decay, that too.
+    auto read_token = [&](const float* row, const float* x_row, const float* steps, float (&x)[CH], float (&step)[CH],
+                          float (&input)[CH], float (&decay)[CH]) {
       read_floats<CH>(x_row, x);
       if constexpr (kAlone) {
         held_raw(p, row, weights, step);
@@ -305,19 +332,20 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
         for (int c = 0; c < CH; ++c) step[c] = softplus(step[c]);
       } else {
         read_floats<CH>(steps, step);
-        steps += x_step;
       }
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         input[c] = kZoh ? x[c] : step[c] * x[c];
         if constexpr (!kOutput) step_sum[c] += step[c];
+        if constexpr (kSharedDecay) {
+          decay[c] = exp2_fast(step[c] * a[c][0]);
+          if constexpr (kZoh) input[c] *= zoh_weight(step[c], step[c] * (a[c][0] * kLn2), decay[c], a[c][0] * kLn2);
+        }
       }
+    };
+    // Its part in the states, and what they put out.
+    auto scan_token = [&](const float* row, const float (&step)[CH], const float (&input)[CH], float (&y)[CH]) {
       const float* const bc = kAlone ? row : row + seat.lane * NS;
-      float shared_decay[CH];
-      if constexpr (kSharedDecay) {
-#pragma unroll
-        for (int c = 0; c < CH; ++c) shared_decay[c] = exp2_fast(step[c] * a[c][0]);
-      }
       float partial[CH][2] = {};
 #pragma unroll
       for (int first = 0; first < NS; first += kQuad) {
@@ -328,45 +356,113 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
         for (int c = 0; c < CH; ++c) {
 #pragma unroll
           for (int j = 0; j < kQuad; ++j) {
-            const float a_j = a[c][kSharedDecay ? 0 : first + j];
-            const float decay = kSharedDecay ? shared_decay[c] : exp2_fast(step[c] * a_j);
-            float u = input[c];
-            if constexpr (kZoh) u *= zoh_weight(step[c], step[c] * (a_j * kLn2), decay, a_j * kLn2);
             float& state = h[c][first + j];
-            state = fmaf(decay, state, u * b[j]);
+            if constexpr (kSharedDecay) {
+              state = fmaf(input[c], b[j], state);
+            } else {
+              const float a_j = a[c][first + j], decay = exp2_fast(step[c] * a_j);
+              float u = input[c];
+              if constexpr (kZoh) u *= zoh_weight(step[c], step[c] * (a_j * kLn2), decay, a_j * kLn2);
+              state = fmaf(decay, state, u * b[j]);
+            }
             if constexpr (kOutput) partial[c][j % 2] = fmaf(cc[j], state, partial[c][j % 2]);
           }
         }
       }
-      if constexpr (kOutput) {
-        float y[CH];
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        y[c] = partial[c][0] + partial[c][1];
+        if constexpr (kOutput && !kAlone)
+          for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
+      }
+    };
+    auto write_token = [&](int64_t offset, const float (&x)[CH], float (&y)[CH]) {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) y[c] = fmaf(skip[c], x[c], y[c]);
+      float* const to = bases.sum + offset + seat.c;
+      const int exist = p.channels - track.first_d - seat.c;
+      if (kAlone || p.channels % CH == 0) {
+        if (exist > 0 && (kAlone || seat.lane == 0)) merge<CH>(to, visits_first, y);
+      } else if (seat.lane == 0) {
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
-          y[c] = partial[c][0] + partial[c][1];
-          if constexpr (!kAlone)
-            for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
-          y[c] = fmaf(skip[c], x[c], y[c]);
+          const float one[1] = {y[c]};
+          if (c < exist) merge<1>(to + c, visits_first, one);
         }
-        float* const to = bases.sum + *offset + seat.c;
-        const int exist = p.channels - track.first_d - seat.c;
-        if (kAlone || p.channels % CH == 0) {
-          if (exist > 0 && (kAlone || seat.lane == 0)) merge<CH>(to, visits_first, y);
-        } else if (seat.lane == 0) {
+      }
+    };
+    if constexpr (kSharedDecay && kOutput) {
+      float since[CH];
 #pragma unroll
-          for (int c = 0; c < CH; ++c) {
-            const float one[1] = {y[c]};
-            if (c < exist) merge<1>(to + c, visits_first, one);
+      for (int c = 0; c < CH; ++c) since[c] = 1.f;
+#pragma unroll 1
+      for (int i = 0; i < count; i += kSide) {
+        float x[kSide][CH], step[CH], input[kSide][CH], decay[CH], at[kSide][CH], y[CH];
+        bool fits = i + kSide <= count;
+        if (fits) {
+#pragma unroll
+          for (int j = 0; j < kSide; ++j) {
+            read_token(row + j * row_step, x_row + j * x_step, steps + j * x_step, x[j], step, input[j], decay);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) {
+              at[j][c] = (j == 0 ? since[c] : at[j - 1][c]) * decay[c];
+              fits = fits && at[j][c] >= kLeastSince;
+            }
           }
         }
-        offset += track.reversed ? -1 : 1;
+        if (fits) {
+#pragma unroll
+          for (int j = 0; j < kSide; ++j) {
+#pragma unroll
+            for (int c = 0; c < CH; ++c) input[j][c] *= reciprocal(at[j][c]);
+            scan_token(row + j * row_step, step, input[j], y);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) y[c] *= at[j][c];
+            write_token(offset[j * sense], x[j], y);
+          }
+#pragma unroll
+          for (int c = 0; c < CH; ++c) since[c] = at[kSide - 1][c];
+        } else {
+#pragma unroll 1
+          for (int j = 0; j < min(kSide, count - i); ++j) {
+            read_token(row + j * row_step, x_row + j * x_step, steps + j * x_step, x[0], step, input[0], decay);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) since[c] *= decay[c];
+            make_whole<NS, CH>(h, since);
+            scan_token(row + j * row_step, step, input[0], y);
+            write_token(offset[j * sense], x[0], y);
+          }
+        }
+        row += kSide * row_step;
+        x_row += kSide * x_step;
+        steps += kSide * x_step;
+        offset += kSide * sense;
       }
-      row += row_step;
-      x_row += x_step;
+      make_whole<NS, CH>(h, since);
+    } else {
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        float x[CH], step[CH], input[CH], decay[CH], y[CH];
+        read_token(row, x_row, steps, x, step, input, decay);
+        if constexpr (kSharedDecay) {
+#pragma unroll
+          for (int c = 0; c < CH; ++c) {
+            input[c] *= after[c];
+            after[c] *= decay[c];
+          }
+        }
+        scan_token(row, step, input, y);
+        if constexpr (kOutput) write_token(*offset, x, y);
+        row += row_step;
+        x_row += x_step;
+        if constexpr (!kAlone) steps += x_step;
+        offset += sense;
+      }
     }
   }
 }
 
-template <int NS, int CH, bool kSharedDecay, bool kZoh, bool kAlone>
+template <int NS, int CH, bool kSharedDecay, bool kZoh, int kHeld>
 __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     ss2d_forward_kernel(const __grid_constant__ ForwardParams p) {
   extern __shared__ float4 shared_base[];
@@ -399,8 +495,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       const int d = track.first_d + seat.c;
       float a[CH][kSharedDecay ? 1 : NS], h[CH][NS] = {}, step_sum[CH] = {};
       load_decays<NS, CH, kSharedDecay>(p, track, d, seat.lane, a);
-      walk<NS, CH, kSharedDecay, kZoh, kAlone, false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false, a,
-                                                      h, step_sum);
+      walk<NS, CH, kSharedDecay, kZoh, kHeld, false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false, a, h,
+                                                     step_sum);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       store_state<NS, CH>(p, p.chunk_state + at * plane, d, seat.lane, h);
 #pragma unroll
@@ -435,8 +531,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
         const bool upper = (part == 1) != track.reversed;
         const int from = upper ? middle : begin, to = upper ? end : middle;
         if (works && from < to)
-          walk<NS, CH, kSharedDecay, kZoh, kAlone, true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair), a, h,
-                                                         unused);
+          walk<NS, CH, kSharedDecay, kZoh, kHeld, true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair), a, h,
+                                                        unused);
         __syncthreads();  // the other warp's half is written
       }
       const bool final_chunk = chunk == (track.reversed ? 0 : p.chunks - 1);
@@ -468,20 +564,29 @@ struct Share {
 };
 constexpr Share kShares[] = {{16, 2}, {16, 1}, {8, 2}, {8, 1}, {4, 2}, {1, 2}, {1, 1}};
 
+// The greatest rank with which a thread can be alone: its weights are kept in registers.
+constexpr int most_held(int64_t states) { return states == 1 ? 8 : 4; }
+// The most common shares have a kernel of their own for ranks up to 2.
+template <int NS, int CH, bool kSharedDecay>
+ForwardKernel alone_with(int64_t rank) {
+  if constexpr (NS == 8 || (NS == 16 && CH == 2)) {
+    if (rank <= 2) return ss2d_forward_kernel<NS, CH, kSharedDecay, false, 2>;
+  }
+  return ss2d_forward_kernel<NS, CH, kSharedDecay, false, most_held(NS)>;
+}
 template <bool kSharedDecay>
-ForwardKernel alone_kernel(const Share& share) {
-  constexpr bool kAlone = true;
+ForwardKernel alone_kernel(const Share& share, int64_t rank) {
   if (share.channels == 2) {
-    if (share.states == 16) return ss2d_forward_kernel<16, 2, kSharedDecay, false, kAlone>;
-    if (share.states == 8) return ss2d_forward_kernel<8, 2, kSharedDecay, false, kAlone>;
-    if (share.states == 4) return ss2d_forward_kernel<4, 2, kSharedDecay, false, kAlone>;
+    if (share.states == 16) return alone_with<16, 2, kSharedDecay>(rank);
+    if (share.states == 8) return alone_with<8, 2, kSharedDecay>(rank);
+    if (share.states == 4) return alone_with<4, 2, kSharedDecay>(rank);
   } else {
-    if (share.states == 16) return ss2d_forward_kernel<16, 1, kSharedDecay, false, kAlone>;
-    if (share.states == 8) return ss2d_forward_kernel<8, 1, kSharedDecay, false, kAlone>;
+    if (share.states == 16) return alone_with<16, 1, kSharedDecay>(rank);
+    if (share.states == 8) return alone_with<8, 1, kSharedDecay>(rank);
   }
   if constexpr (!kSharedDecay) {
-    if (share.states == 1 && share.channels == 2) return ss2d_forward_kernel<1, 2, kSharedDecay, false, kAlone>;
-    if (share.states == 1 && share.channels == 1) return ss2d_forward_kernel<1, 1, kSharedDecay, false, kAlone>;
+    if (share.states == 1 && share.channels == 2) return alone_with<1, 2, kSharedDecay>(rank);
+    if (share.states == 1 && share.channels == 1) return alone_with<1, 1, kSharedDecay>(rank);
   }
   return nullptr;
 }
@@ -489,22 +594,23 @@ template <bool kSharedDecay, bool kZoh>
 ForwardKernel shared_kernel(const Share& share) {
   if (share.channels != 2) return nullptr;
   if constexpr (!kZoh) {
-    if (share.states == 16) return ss2d_forward_kernel<16, 2, kSharedDecay, kZoh, false>;
+    if (share.states == 16) return ss2d_forward_kernel<16, 2, kSharedDecay, kZoh, 0>;
   }
-  if (share.states == 4) return ss2d_forward_kernel<4, 2, kSharedDecay, kZoh, false>;
+  if (share.states == 4) return ss2d_forward_kernel<4, 2, kSharedDecay, kZoh, 0>;
   if constexpr (!kSharedDecay && !kZoh) {
-    if (share.states == 1) return ss2d_forward_kernel<1, 2, kSharedDecay, kZoh, false>;
+    if (share.states == 1) return ss2d_forward_kernel<1, 2, kSharedDecay, kZoh, 0>;
   }
   return nullptr;
 }
 bool is_alone(const SS2DProblem& problem, const Share& share) {
   return share.states >= problem.states && problem.channels % share.channels == 0 && problem.rank > 0 &&
-         problem.rank <= held_rank(share.states) && problem.softplus && problem.discretization == Discretization::euler;
+         problem.rank <= most_held(share.states) && problem.softplus && problem.discretization == Discretization::euler;
 }
 // Null where it was not compiled.
 ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
   const bool zoh = problem.discretization == Discretization::zoh, shared_decay = has_shared_decay(problem);
-  if (is_alone(problem, share)) return shared_decay ? alone_kernel<true>(share) : alone_kernel<false>(share);
+  if (is_alone(problem, share))
+    return shared_decay ? alone_kernel<true>(share, problem.rank) : alone_kernel<false>(share, problem.rank);
   if (shared_decay) return zoh ? shared_kernel<true, true>(share) : shared_kernel<true, false>(share);
   return zoh ? shared_kernel<false, true>(share) : shared_kernel<false, false>(share);
 }

@@ -97,7 +97,7 @@ def test_a_compiled_step_is_the_eager_one(data, tmp_path, monkeypatch):
     for name in ("false", "true"):
         assert cli.main(arguments(data, tmp_path / name, "train.epochs=1", f"train.compile={name}")) == 0
         losses.append([record["loss"] for record in lines(tmp_path / name / "log.jsonl")])
-    assert losses[0] == losses[1] and compiled == [1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and compiled == [1]
     record = json.loads((tmp_path / "true" / "run.json").read_text())
     assert record["steps"] == record["planned_steps"] == 3 and record["images_per_second"] > 0
     assert record["config"]["train"]["compile"] is True and record["environment"]["torch"] == torch.__version__
