@@ -1,7 +1,8 @@
 """`diffmf train`: training on aligned crops, on one process or several (torchrun).
 
 Everything random is a function of the seed and the step (batch order, crops, stochastic depth), so a run that was
-stopped or killed at any moment continues from its last saved state with the same losses, bit for bit on the CPU.
+stopped or killed at any moment continues from its last saved state with the same losses, bit for bit on the CPU. On
+one GPU a step's forward pass, loss, backward pass and clipping are replayed as one CUDA graph.
 
 A run folder holds last.safetensors and best.safetensors (model files; the averaged weights where train.ema is set),
 state.safetensors (what --resume continues from), log.jsonl (one line per step), validation.jsonl, run.json (settings,
