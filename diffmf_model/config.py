@@ -48,6 +48,7 @@ class LossConfig:
     target: Literal["maximum", "salient"] = "maximum"  # Eqs. 12 and 13, or `loss.salient_target`
     contrast: float = _within(1.0, 0.0)  # salient: gain of the intensities
     level: float = _within(0.5, 0.0, 1.0)  # salient: what mid-grey becomes
+    toe: float = _within(0.08, 0.01, 0.5)  # salient: intensities this near to 0 are compressed
     shoulder: float = _within(0.08, 0.01, 0.5)  # salient: intensities this near to 1 are compressed
     detail: float = _within(1.0, 0.0)  # salient: gain of the gradients
     shared: float = _within(0.0, 0.0)  # salient: part of both sources that is added to the chosen one

@@ -13,7 +13,6 @@ C1, C2 = 0.01**2, 0.03**2
 BRIGHTNESS = 10.0  # steepness of the choice by intensity: a lead of a tenth of the range decides it to 73 %
 ACTIVITY_POWER = 8.0  # of the choice by gradients: a lead of a third decides it to 90 %
 ACTIVITY_FLOOR = 0.05  # below it gradients are noise: an eightieth of the largest Sobel magnitude
-TOE = 0.08  # intensities this near to 0 are compressed, not clipped
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def salient_target(ir: Tensor, vi: Tensor, config: LossConfig) -> tuple[Tensor, 
 
         m = sigmoid(BRIGHTNESS (ir - vi) + regions (2 w - 1))
         t = (m ir + (1 - m) vi + shared (ir + vi)) / (1 + shared)
-        intensity = level + contrast (t - 1/2), compressed below TOE and above 1 - shoulder
+        intensity = level + contrast (t - 1/2), compressed, not clipped, below toe and above 1 - shoulder
 
     No mean of the image enters: a crop asks for what the whole image asks for at the same place.
     """
@@ -81,13 +80,13 @@ def salient_target(ir: Tensor, vi: Tensor, config: LossConfig) -> tuple[Tensor, 
     gradient = config.detail * (weight * gradient_ir + (1 - weight) * gradient_vi)
     share = torch.sigmoid(BRIGHTNESS * (ir - vi) + config.regions * (2 * weight - 1))
     chosen = (share * ir + (1 - share) * vi + config.shared * (ir + vi)) / (1 + config.shared)
-    return _compressed(config.level + config.contrast * (chosen - 0.5), config.shoulder), gradient
+    return _compressed(config.level + config.contrast * (chosen - 0.5), config), gradient
 
 
-def _compressed(x: Tensor, shoulder: float) -> Tensor:
-    """The identity on [TOE, 1 - shoulder], continued smoothly so that everything lands in [0, 1]."""
-    inner = x.clamp(TOE, 1 - shoulder)
-    room = torch.where(x < inner, TOE, shoulder)
+def _compressed(x: Tensor, config: LossConfig) -> Tensor:
+    """The identity on [toe, 1 - shoulder], continued smoothly so that everything lands in [0, 1]."""
+    inner = x.clamp(config.toe, 1 - config.shoulder)
+    room = torch.where(x < inner, config.toe, config.shoulder)
     return inner + room * torch.tanh((x - inner) / room)
 
 

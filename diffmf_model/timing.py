@@ -75,9 +75,10 @@ def peak_extra_mib(function) -> float:
 
 def environment(device: str) -> dict:
     """Machine, versions and commit of a measurement; DIFFMF_COMMIT names the commit of a copy without its history."""
+    named = os.environ.get("DIFFMF_COMMIT")
     found = {
-        "commit": os.environ.get("DIFFMF_COMMIT") or _git("rev-parse", "--short", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": named or _git("rev-parse", "--short", "HEAD"),
+        "modified": not named and bool(_git("status", "--porcelain", "--untracked-files=no")),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

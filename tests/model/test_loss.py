@@ -85,7 +85,7 @@ def test_images_below_the_window_are_refused():
 
 
 SALIENT = LossConfig(
-    target="salient", contrast=1.3, level=0.45, shoulder=0.15, detail=1.4, shared=0.1, regions=1.5, window=2.0
+    target="salient", contrast=1.3, level=0.45, toe=0.1, shoulder=0.15, detail=1.4, shared=0.1, regions=1.5, window=2.0
 )
 
 
@@ -102,7 +102,7 @@ def test_salient_target_is_its_formula():
         share = 1 / (1 + np.exp(-10 * (a - b) - 1.5 * (2 * weight - 1)))
         chosen = (share * a + (1 - share) * b + 0.1 * (a + b)) / 1.1
         expected = 0.45 + 1.3 * (chosen - 0.5)
-        inside = (expected > 0.08) & (expected < 0.85)
+        inside = (expected > 0.1) & (expected < 0.85)
         assert inside.mean() > 0.5
         np.testing.assert_allclose(goal[index, 0].numpy()[inside], expected[inside], atol=1e-4)
     assert goal.min() > 0 and goal.max() < 1
@@ -124,6 +124,8 @@ def test_salient_target_compresses_in_order():
     soft, _ = salient_target(ramp, ramp, LossConfig(target="salient", contrast=1.5, shoulder=0.3))
     assert torch.equal(soft[..., :40], goal[..., :40]) and (soft[..., 48:] < goal[..., 48:]).all()
     assert soft.max() < 1 and (soft.diff() >= 0).all()
+    lifted, _ = salient_target(ramp, ramp, LossConfig(target="salient", contrast=1.5, toe=0.3))
+    assert torch.equal(lifted[..., 24:], goal[..., 24:]) and (lifted[..., 2:16] > goal[..., 2:16]).all()
 
 
 def test_salient_target_keeps_what_only_one_source_shows():
