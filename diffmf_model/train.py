@@ -2,7 +2,7 @@
 
 Everything random is a function of the seed and the step (batch order, crops, stochastic depth), so a run that was
 stopped or killed at any moment continues from its last saved state with the same losses, bit for bit on the CPU. On
-one GPU a step's forward pass, loss, backward pass and clipping are replayed as one CUDA graph.
+one GPU a step's forward pass, loss, backward pass and clipping are replayed as one CUDA graph (without train.compile).
 
 A run folder holds last.safetensors and best.safetensors (model files; the averaged weights where train.ema is set),
 state.safetensors (what --resume continues from), log.jsonl (one line per step), validation.jsonl, run.json (settings,
@@ -242,8 +242,9 @@ class Trainer:
             group["lr"] = rate
         images = [batch[key].to(self.device, non_blocking=True) for key in ("ir", "vi_y")]
         if self.gradients is None:
-            # One process on a GPU replays a graph: the step is thousands of launches. DDP's hooks are left out of it.
-            graph = self.device.type == "cuda" and self.world == 1
+            # One process on a GPU replays a graph: the step is thousands of launches. DDP's hooks and torch.compile's
+            # code are left out of it.
+            graph = self.device.type == "cuda" and self.network is self.model
             self.gradients = captured(self._gradients, *images) if graph else self._gradients
         # Stochastic depth draws from a stream of this step's own.
         stream = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1, np.uint64)
