@@ -20,6 +20,7 @@ from diffmf_model.checkpoint import load_model, read_training_state
 from diffmf_model.config import TrainConfig
 from diffmf_model.loss import FusionLoss
 from diffmf_model.train import EpochBatches, learning_rate
+from diffmf_ops import modules
 
 SETTINGS = [
     "model.d_model=4",
@@ -90,6 +91,8 @@ def test_a_run_learns_and_leaves_its_files(data, tmp_path, capsys):
 
 
 def test_a_compiled_step_is_the_eager_one(data, tmp_path, monkeypatch):
+    # Compiled code adds the two parts of a projected gradient one after the other: the eager run shall too.
+    monkeypatch.setattr(modules, "is_plain", lambda arguments: False)
     compiled = []
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(1) or compile_(module, backend="eager"))
@@ -97,7 +100,7 @@ def test_a_compiled_step_is_the_eager_one(data, tmp_path, monkeypatch):
     for name in ("false", "true"):
         assert cli.main(arguments(data, tmp_path / name, "train.epochs=1", f"train.compile={name}")) == 0
         losses.append([record["loss"] for record in lines(tmp_path / name / "log.jsonl")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and compiled == [1]
+    assert losses[0] == losses[1] and compiled == [1]
     record = json.loads((tmp_path / "true" / "run.json").read_text())
     assert record["steps"] == record["planned_steps"] == 3 and record["images_per_second"] > 0
     assert record["config"]["train"]["compile"] is True and record["environment"]["torch"] == torch.__version__
