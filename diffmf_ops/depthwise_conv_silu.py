@@ -6,7 +6,7 @@ import torch
 
 from . import backend, scan
 from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
-from .dispatch import Operator
+from .dispatch import Operator, autocast_dtype
 
 KERNEL_SIZES = (1, 3, 5, 7)
 
@@ -31,8 +31,9 @@ def depthwise_conv_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     check_rank("weight", weight, (4, 5), "(D, 1, k, k), or with a leading M")
     if bias is not None:
         check_rank("bias", bias, (1, 2), "(D,), or with a leading M")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
         weight, bias = weight.float(), None if bias is None else bias.float()
     _check_arguments(x, weight, bias)
     if x.dim() == 5:

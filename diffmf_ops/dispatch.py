@@ -67,6 +67,13 @@ def is_plain(arguments) -> bool:
     return not (torch.compiler.is_compiling() or _watched(arguments) or _transformed())
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast makes of the activation x; None without autocast, and for float64, which it leaves alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
 def wants_gradient(arguments) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
 

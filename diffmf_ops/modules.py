@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .depthwise_conv_silu import KERNEL_SIZES, depthwise_conv_silu
-from .dispatch import is_plain, wants_gradient
+from .dispatch import autocast_dtype, is_plain, wants_gradient
 from .norm_gate import norm_gate
 from .ss2d import ss2d
 
@@ -63,8 +63,8 @@ def project(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     The GEMM that gives the projection's part of x's gradient adds it to the other part in place: one pass over the
     activations less. So the returned x must go to one operator only, and that must not keep its gradient.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     if is_plain((x, weight)) and wants_gradient((x, weight)):
         return _Project.apply(x, weight)

@@ -6,7 +6,7 @@ import torch
 
 from . import backend, scan
 from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
-from .dispatch import Operator
+from .dispatch import Operator, autocast_dtype
 
 
 def norm_gate(
@@ -33,7 +33,7 @@ def norm_gate(
     check_rank("bias", bias, (1, 2), "(D,), or with a leading M")
     if z is not None:
         check_rank("z", z, (4, 5), "the shape of y")
-    if torch.is_autocast_enabled(y.device.type) and y.dtype != torch.float64:
+    if autocast_dtype(y) is not None:
         weight, bias, z = weight.float(), bias.float(), None if z is None else z.to(y.dtype)
     _check_arguments(y, weight, bias, z)
     if y.dim() == 5:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from . import scan
 from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
-from .dispatch import Operator
+from .dispatch import Operator, autocast_dtype
 
 
 def selective_scan(
@@ -43,8 +43,8 @@ def selective_scan(
         ValueError: a shape or device that does not fit; TypeError: a dtype. Both name the argument.
     """
     check_rank("u", u, (3,), "(B, D, L)")
-    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(u.device.type)
+    dtype = autocast_dtype(u)
+    if dtype is not None:
         u, delta, B, C, z = (None if t is None else t.to(dtype) for t in (u, delta, B, C, z))
         A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
     check_arguments(u, delta, A, B, C, D, z, delta_bias)

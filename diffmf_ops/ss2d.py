@@ -17,7 +17,7 @@ from .checks import (
     check_rank,
     check_shape,
 )
-from .dispatch import Operator
+from .dispatch import Operator, autocast_dtype
 from .reference import EXCHANGES
 
 DISCRETIZATIONS = ("euler", "zoh")
@@ -67,8 +67,8 @@ def ss2d(
         ValueError: a shape, device, path or mode that does not fit; TypeError: a dtype. Both name the argument.
     """
     check_rank("x", x, (4, 5, 6), "(B, H, W, D), (B, H, W, K, D), or with a leading M = 2")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, proj = x.to(dtype), proj.to(dtype)
         dt_weight, dt_bias, A = dt_weight.float(), dt_bias.float(), A.float()
         D = None if D is None else D.float()
