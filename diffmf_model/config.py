@@ -65,7 +65,7 @@ class LossConfig:
 class DataConfig:
     crop_size: int = _within(128, 11)  # pixels; 11 is the SSIM window
     batch_size: int = _within(4, 1)  # per process
-    jitter: float = _within(0.0, 0.0, 0.9)  # each source's contrast falls by up to this part, at a random brightness
+    jitter: float = _within(0.0, 0.0, 0.9)  # how far contrast and exposure of the sources vary, as a part
     workers: int = _within(0, 0)  # 0 loads in the training process, from memory
 
 

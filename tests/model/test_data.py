@@ -166,18 +166,22 @@ def test_shared_data_sets_load(data):
     assert RandomCrops(roadscene["train"], 256)[7]["vi_y"].shape == (1, 256, 256)
 
 
-def test_jitter_dulls_each_source_on_its_own_and_never_clips(pairs):
+def test_jitter_dulls_each_source_on_its_own_darkens_both_and_never_clips(pairs):
     dataset = PairDataset(pairs(["a"]))
     plain, jittered = RandomCrops(dataset, 24, seed=3), RandomCrops(dataset, 24, seed=3, jitter=0.6)
-    contrasts = []
+    contrasts, whites = [], []
     for epoch in range(40):
         plain.set_epoch(epoch)
         jittered.set_epoch(epoch)
+        found = []
         for key in ("ir", "vi_y"):
             x, y = plain[0][key].double(), jittered[0][key].double()
             contrast = ((y - y.mean()) * (x - x.mean())).sum() / (x - x.mean()).square().sum()
             offset = (y - contrast * x).mean()
             torch.testing.assert_close(y, contrast * x + offset, atol=1e-6, rtol=0)  # the same window and flips
-            assert 0.4 - 1e-4 <= contrast <= 1 and -1e-4 <= offset <= 1 - contrast + 1e-4
-            contrasts.append(contrast.item())
-    assert np.ptp(contrasts) > 0.4 and abs(np.corrcoef(contrasts[::2], contrasts[1::2])[0, 1]) < 0.5
+            assert 0.4 * 0.4 - 1e-4 <= contrast <= 1 and -1e-4 <= offset <= 1 - contrast + 1e-4
+            found.append((contrast.item(), (contrast + offset).item()))
+        contrasts.append(found[0][0] / found[1][0])  # their common exposure cancels
+        whites.append([white for _, white in found])
+    assert np.ptp(np.log(contrasts)) > 0.8
+    assert np.corrcoef(np.transpose(whites))[0, 1] > 0.3  # what white becomes: dark in both, or in neither
