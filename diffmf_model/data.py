@@ -127,8 +127,9 @@ class RandomCrops(Dataset):
     Item: dict(name, ir (1, size, size), vi_y (1, size, size)), float32 in [0, 1]. Images smaller than the crop are
     padded by reflection. With jitter, each image x of a pair becomes c x + b, c drawn from [1 - jitter, 1] and b from
     [0, 1 - c], for the two independently: duller, darker or brighter, never clipped; then both are darkened by one
-    factor from [1 - jitter, 1], as at night. The crop is a pure function of (seed, epoch, index), so it depends neither on the number of worker processes nor on what was drawn before: a
-    resumed run sees what the uninterrupted one would have seen.
+    factor from [1 - jitter, 1], as at night. The crop is a pure function of (seed, epoch, index), so it depends neither
+    on the number of worker processes nor on what was drawn before: a resumed run sees what the uninterrupted one would
+    have seen.
     """
 
     def __init__(self, pairs: PairDataset, size: int, seed: int = 0, jitter: float = 0.0):

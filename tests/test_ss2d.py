@@ -131,11 +131,35 @@ def test_nonfinite_values_stay_in_their_batch_item(device):
     assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
 
 
-def test_nan_reaches_the_tokens_after_it(device):
-    tensors = make_inputs(height=1, width=40, paths=(0,), device=device)
-    tensors[0][0, 0, 25] = float("nan")
-    y = ss2d(*tensors, paths=(0,))
-    assert torch.isfinite(y[0, 0, :25]).all() and torch.isnan(y[0, 0, 25:]).all()
+@pytest.mark.parametrize("where", ["x", "proj"])
+@pytest.mark.parametrize(("states", "shared_decay"), [(4, False), (4, True), (24, True), (40, True)])
+def test_nan_reaches_the_tokens_after_it_and_no_other(device, states, shared_decay, where):
+    tensors = make_inputs(
+        height=1, width=40, states=states, shared_decay=shared_decay, paths=(0, 2), per_path=True, device=device
+    )
+    tensors[NAMES.index(where)][0, 0, 21, 0] = float("nan")  # path 0 alone
+    y = ss2d(*tensors, paths=(0, 2))
+    assert torch.isfinite(y[0, 0, :21]).all() and torch.isnan(y[0, 0, 21:]).all()
+    tensors[NAMES.index(where)][0, 0, :, 0] = 0.0
+    tensors[NAMES.index(where)][0, 0, 21, 1] = float("nan")  # path 2, from the end
+    y = ss2d(*tensors, paths=(0, 2))
+    assert torch.isfinite(y[0, 0, 22:]).all() and torch.isnan(y[0, 0, :22]).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("states", "channels", "rank"), [(17, 5, 1), (24, 40, 3), (32, 64, 2), (33, 16, 7), (64, 24, 4), (65, 8, 2)]
+)
+@pytest.mark.parametrize("steep", [False, True])
+def test_many_states_share_a_decay(device, dtype, states, channels, rank, steep):
+    """On a GPU by matrix products up to 64 states; steep decays leave their range within a tile."""
+    tensors = make_inputs(
+        batch=2, height=13, width=21, channels=channels, states=states, rank=rank, shared_decay=True, device=device,
+        dtype=dtype,
+    )  # fmt: skip
+    if steep:
+        tensors[4] = tensors[4] * 60
+    check_against_reference(tensors, {}, TOLERANCES[dtype])
 
 
 def test_empty_batch(device):

@@ -196,7 +196,11 @@ __device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "me
 template <int CH>
 __device__ inline void add_at(float* to, const float (&v)[CH]) {
 #if __CUDA_ARCH__ >= 900
-  if constexpr (CH == 2) {
+  if constexpr (CH == 4) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+                 "f"(v[3]));
+    return;
+  } else if constexpr (CH == 2) {
     asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
     return;
   }

@@ -1,0 +1,137 @@
+// What the two forward scans of ss2d share, ss2d_recurrence.cuh and ss2d_matrix.cuh: parameters, staging of a tile of
+// tokens, and adding to y. Part of ss2d_forward.cu alone, hence the unnamed namespace.
+#pragma once
+
+#include "launch.cuh"
+#include "ss2d_common.cuh"
+
+namespace diffmf {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 2;
+constexpr int kMinBlocks = 6;  // a multiprocessor holds: at most 168 registers a thread
+constexpr int kTile = 8;       // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile: fewer would copy less of a row at once
+static_assert(kCheckpoint % kTile == 0, "tiles must not straddle pieces");
+
+struct Round {
+  int path[kWarps];  // of the two warps; path[1] is -1 when the round has one path, and the warps take two chunks
+};
+
+struct ForwardParams : Params {
+  void* y;              // [M, B, L, D]
+  float* sum;           // [M, B, L, D], y while paths are still missing; y itself when it is float
+  float* saved_states;  // [M, B, K, pieces, N, D] or null
+  float* last_state;    // [M, B, K, N, D] or null
+  Round round[kMaxPaths];
+  int rounds;
+  // Shared memory of a warp, offsets in bytes. Two tiles of rows and activations are in flight.
+  int bases_at, offsets_at, rows_at, decoded_at, x_at, delta_at, steps_at, channels_at, warp_bytes;
+  int x_pitch;  // values from a staged token's activations to the next one's
+};
+
+// Where a thread stands.
+struct Seat {
+  int lane, c;                // lane of the channel, first channel within the block of channels
+  int copy_lane, copy_token;  // when copying a tile
+  char* shared;               // of its warp
+};
+
+// One of the kTokenLanes threads' share (number `lane`) of copying `bytes` contiguous bytes to shared memory. Not
+// unrolled: addresses computed ahead would cost registers.
+template <int kBytes>
+__device__ inline void copy_granules(uint32_t to, const char* from, int bytes, int lane) {
+#pragma unroll 1
+  for (int i = lane * kBytes; i < bytes; i += kBytes * kTokenLanes) copy_async<kBytes>(to + i, from + i);
+}
+__device__ inline void copy_row(void* to, const char* from, int bytes, int granule, int lane) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (granule == 16) {
+    copy_granules<16>(at, from, bytes, lane);
+  } else if (granule == 8) {
+    copy_granules<8>(at, from, bytes, lane);
+  } else if (granule == 4) {
+    copy_granules<4>(at, from, bytes, lane);
+  } else {  // 16-bit rows that start on odd elements: cp.async cannot
+#pragma unroll 1
+    for (int i = lane * 2; i < bytes; i += kTokenLanes * 2)
+      *reinterpret_cast<uint16_t*>(static_cast<char*>(to) + i) = *reinterpret_cast<const uint16_t*>(from + i);
+  }
+}
+
+// The proj row of one token into a staged row of the same element type: [B, padded | C, padded | low rank]; C if kC.
+template <bool kC>
+__device__ inline void copy_proj(const Params& p, const Bases& bases, int pixel, char* to, int lane) {
+  const int element = p.element(), granule = p.proj.granule, bytes = p.states * element;
+  const char* bc = bases.bc + int64_t{pixel} * p.proj.pixel;
+  if (kC && p.padded_states == p.states) {
+    copy_row(to, bc, 2 * bytes, granule, lane);
+  } else {
+    copy_row(to, bc, bytes, granule, lane);
+    if constexpr (kC) copy_row(to + p.padded_states * element, bc + bytes, bytes, granule, lane);
+  }
+  if (p.rank > 0)
+    copy_row(to + 2 * p.padded_states * element, bases.low + int64_t{pixel} * p.proj.pixel, p.rank * element, granule,
+             lane);
+}
+
+// Rows of the staged channels, the rank rounded up to a multiple of 4.
+inline __host__ __device__ int staged_rows(int rank) {
+  return kWeightRows + (rank > kMinRank ? (rank + 3) / 4 * 4 : kMinRank);
+}
+
+// Adds v, CH neighbouring channels, to what is at `to`, aligned; or stores it there. Memory is not clobbered: barriers
+// order these statements, and between barriers the next token's loads may pass them.
+template <int CH>
+__device__ inline void merge(float* to, bool store, const float (&v)[CH]) {
+  static_assert(CH == 1 || CH == 2 || CH == 4, "one store");
+  if (!store) {
+    add_at<CH>(to, v);
+  } else if constexpr (CH == 4) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]));
+  } else if constexpr (CH == 2) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
+  } else {
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v[0]));
+  }
+}
+
+struct ForwardBases : Bases {
+  float* sum;   // first channel of the block
+  int64_t mbk;  // number of the track
+  __device__ ForwardBases(const ForwardParams& p, const Track& t) : Bases(p, t) {
+    sum = p.sum + (int64_t{t.m} * p.batch + t.b) * p.tokens * p.channels + t.first_d;
+    mbk = t.mbk(p);
+  }
+};
+
+// Starts the copies of the tile of tokens from `first` on into one of the two buffers, and notes where its tokens are
+// in y if kOutput. Past `end`: the last token once more.
+template <bool kOutput>
+__device__ inline void issue_tile(const ForwardParams& p, const Seat& seat, const Track& track, int first, int end,
+                                  int buffer, bool delta) {
+  const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
+  const int lane = opaque(seat.copy_lane), element = opaque(p.element());
+  const int real_bytes = min(p.block_channels, p.channels - opaque(track.first_d)) * element;
+  const int pixel = track.pixel(p, min(first + opaque(seat.copy_token), end - 1));
+  const int slot = buffer * kTile + opaque(seat.copy_token), x_bytes = p.x_pitch * element;
+  char* const shared = seat.shared + opaque(0);
+  if (kOutput && lane == 0) reinterpret_cast<int64_t*>(shared + p.offsets_at)[slot] = int64_t{pixel} * p.channels;
+  copy_proj<kOutput>(p, bases, pixel, shared + p.rows_at + slot * p.pitch * element, lane);
+  copy_row(shared + p.x_at + slot * x_bytes, bases.x + int64_t{pixel} * p.x.pixel, real_bytes, p.x.granule, lane);
+  if (delta)
+    copy_row(shared + p.delta_at + slot * x_bytes, bases.delta + int64_t{pixel} * p.delta.pixel, real_bytes,
+             p.delta.granule, lane);
+  copies_commit();
+}
+
+// 16-bit values staged at `from` as floats at `to`; `count` is a multiple of 4.
+__device__ inline void decode_staged(const char* from, float* to, int count, DType dtype) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32 * 4; i < count; i += 32 * 4)
+    *reinterpret_cast<float4*>(to + i) = decode_quad(from + i * 2, dtype);
+}
+}  // namespace
+}  // namespace cuda
+}  // namespace diffmf

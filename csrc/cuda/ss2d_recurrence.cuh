@@ -1,0 +1,375 @@
+// The forward scan token by token.
+#pragma once
+
+#include "ss2d_forward.cuh"
+
+namespace diffmf {
+namespace cuda {
+namespace {
+
+// The first of the staged channels' values, for a thread's channels; `channels` is at the first of them. kHeld: rows of
+// dt_weight among them, at most kMinRank.
+template <int CH, int kHeld>
+struct StepWeights {
+  float bias[CH], w[kHeld][CH];
+  __device__ StepWeights(const Params& p, const float* channels) {
+    read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) read_floats<CH>(channels + (kWeightRows + r) * p.block_channels, w[r]);
+  }
+};
+
+// dt_bias + low rank * dt_weight of one token (0 < rank <= kHeld), from its staged row; zeros follow the low-rank part.
+template <int CH, int kHeld>
+__device__ inline void held_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
+                                float (&raw)[CH]) {
+  float low[kHeld];
+  read_floats<kHeld>(row + 2 * p.padded_states, low);
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+    raw[c] = weights.bias[c];
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) raw[c] = fmaf(low[r], weights.w[r][c], raw[c]);
+  }
+}
+
+// Likewise for any rank > 0 and kSide tokens, `stride` values apart: what is read of the weights serves all of them.
+template <int CH, int kSide>
+__device__ inline void raw_side_by_side(const Params& p, const float* row, int stride, const float* channels,
+                                        float (&raw)[kSide][CH]) {
+  float bias[CH];
+  read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+#pragma unroll
+  for (int i = 0; i < kSide; ++i)
+#pragma unroll
+    for (int c = 0; c < CH; ++c) raw[i][c] = bias[c];
+  const float* low = row + 2 * p.padded_states;
+  const float* weights = channels + kWeightRows * p.block_channels;
+#pragma unroll 1
+  for (int r = 0; r < p.rank; r += 4, low += 4, weights += 4 * p.block_channels) {  // zeros follow the last rank
+    float w[4][CH];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) read_floats<CH>(weights + k * p.block_channels, w[k]);
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      float quad[4];
+      read_floats<4>(low + i * stride, quad);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) raw[i][c] = fmaf(quad[k], w[k][c], raw[i][c]);
+    }
+  }
+}
+
+// The steps of the thread's channels at its share of a tile's tokens, into `steps`, rows of block_channels; kSide
+// tokens at a time, which its share is a multiple of.
+template <int CH, int kSide>
+__device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, const float* rows, const float* channels,
+                                     const char* raw_delta, float* steps) {
+#pragma unroll 1
+  for (int t = seat.lane; t < kTile; t += kSide * p.state_lanes) {
+    float raw[kSide][CH];
+    if (p.rank > 0) {
+      raw_side_by_side(p, rows + t * p.pitch, p.state_lanes * p.pitch, channels, raw);
+    } else {
+      float bias[CH];
+      read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) {
+        const char* const row = raw_delta + (t + i * p.state_lanes) * p.block_channels * p.element();
+        if (p.half) {
+          read_activation<CH, true>(p, row, seat.c, raw[i]);
+        } else {
+          read_activation<CH, false>(p, row, seat.c, raw[i]);
+        }
+#pragma unroll
+        for (int c = 0; c < CH; ++c) raw[i][c] += bias[c];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      if (p.softplus) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c) raw[i][c] = softplus(raw[i][c]);
+      }
+      write_floats<CH>(steps + (t + i * p.state_lanes) * p.block_channels, raw[i]);
+    }
+  }
+}
+
+// A shared decay is that of all states of a channel, so it need not be multiplied into each of them at every token:
+// within a tile they are kept divided by the decay since the tile began, `since`, and made whole at its end, or before
+// that falls below this.
+constexpr float kLeastSince = 0x1p-40f;
+constexpr int kTogether = 4;                   // tokens whose decays are looked at together
+__device__ inline float reciprocal(float v) {  // relative error 2^-23
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+template <int NS, int CH>
+__device__ inline void make_whole(float (&h)[CH][NS], float (&since)[CH]) {
+#pragma unroll
+  for (int c = 0; c < CH; ++c) {
+#pragma unroll
+    for (int n = 0; n < NS; ++n) h[c][n] *= since[c];
+    since[c] = 1.f;
+  }
+}
+
+// Walks tokens [from, to) of the axis along one path. `a` and h are the thread's decays and its state, in and out.
+// Summaries (!kOutput) also add up the steps. `visits_first`: nobody has written y of these tokens yet.
+// Summaries with a shared decay are taken from the end: what a token leaves there is its input, times the decay of all
+// after it, times B.
+// kHeld > 0: the thread holds all states of its channels, which exist all or none, and the weights of their low-rank
+// part, whose rank is at most kHeld; the step is its softplus, and is computed where the token is scanned. Otherwise
+// the lanes of a channel share the work of a tile's steps beforehand.
+template <int NS, int CH, bool kSharedDecay, bool kZoh, int kHeld, bool kOutput>
+__device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
+                     const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
+  constexpr bool kAlone = kHeld > 0;
+  constexpr int kQuad = NS < 4 ? NS : 4;
+  const int tiles = (to - from + kTile - 1) / kTile;
+  const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
+  constexpr bool kFromEnd = kSharedDecay && !kOutput;
+  const bool descending = track.reversed != kFromEnd;
+  float after[CH];  // from the end: the decay of all tokens after this one
+#pragma unroll
+  for (int c = 0; c < CH; ++c) after[c] = 1.f;
+  auto first_token = [&](int tile) { return from + (descending ? tiles - 1 - tile : tile) * kTile; };
+  auto issue = [&](int tile) {
+    issue_tile<kOutput>(p, seat, track, first_token(tile), to, tile & 1, !kAlone && p.rank == 0);
+  };
+
+  const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
+  const StepWeights<CH, kAlone ? kHeld : 1> weights(p, channels);  // read where the thread is alone
+  float skip[CH] = {};
+  if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
+
+  issue(0);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int q0 = first_token(tile), buffer = (tile & 1) * kTile;
+    char* const shared = seat.shared + opaque(0);
+    const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * p.pitch * p.element());
+    const float* x_rows = reinterpret_cast<const float*>(shared + p.x_at + buffer * p.block_channels * p.element());
+    copies_wait();
+    __syncwarp();
+    if (tile + 1 < tiles) issue(tile + 1);  // into the buffer that everyone has left
+    if (p.half) {
+      float* const decoded = reinterpret_cast<float*>(shared + p.decoded_at);
+      decode_staged(reinterpret_cast<const char*>(rows), decoded, kTile * p.pitch, p.dtype);
+      decode_staged(reinterpret_cast<const char*>(x_rows), decoded + kTile * p.pitch, kTile * p.block_channels,
+                    p.dtype);
+      rows = decoded;
+      x_rows = decoded + kTile * p.pitch;
+      __syncwarp();
+    }
+    const float* steps = reinterpret_cast<const float*>(shared + p.steps_at) + seat.c;
+    if constexpr (!kAlone) {
+      const char* const raw_delta = shared + p.delta_at + buffer * p.block_channels * p.element();
+      if (p.state_lanes <= kTile / 4) {
+        compute_steps<CH, 4>(p, seat, rows, channels, raw_delta, const_cast<float*>(steps));
+      } else {
+        compute_steps<CH, 1>(p, seat, rows, channels, raw_delta, const_cast<float*>(steps));
+      }
+      __syncwarp();
+    }
+
+    if constexpr (kOutput) {
+      const bool enters_piece =
+          track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0 || q0 + kTile >= p.tokens : q0 % int{kCheckpoint} == 0;
+      if (p.saved_states != nullptr && enters_piece) {
+        const int64_t piece = bases.mbk * p.pieces() + q0 / int{kCheckpoint};
+        store_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, opaque(track.first_d) + seat.c,
+                            seat.lane, h);
+      }
+    }
+
+    const int count = min(kTile, to - q0), first = descending ? count - 1 : 0;
+    const int sense = descending ? -1 : 1;
+    const int row_step = descending ? -p.pitch : p.pitch;
+    const int x_step = descending ? -p.block_channels : p.block_channels;
+    const float* row = rows + first * p.pitch;
+    const float* x_row = x_rows + first * p.block_channels + seat.c;
+    const int64_t* offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer + first;
+    if constexpr (!kAlone) steps += first * p.block_channels;
+    // Of the token at `row`: x, its step, and what goes into the state; with a shared decay, that too.
+    auto read_token = [&](const float* row, const float* x_row, const float* steps, float (&x)[CH], float (&step)[CH],
+                          float (&input)[CH], float (&decay)[CH]) {
+      read_floats<CH>(x_row, x);
+      if constexpr (kAlone) {
+        held_raw(p, row, weights, step);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) step[c] = softplus(step[c]);
+      } else {
+        read_floats<CH>(steps, step);
+      }
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        input[c] = kZoh ? x[c] : step[c] * x[c];
+        if constexpr (!kOutput) step_sum[c] += step[c];
+        if constexpr (kSharedDecay) {
+          decay[c] = exp2_fast(step[c] * a[c][0]);
+          if constexpr (kZoh) input[c] *= zoh_weight(step[c], step[c] * (a[c][0] * kLn2), decay[c], a[c][0] * kLn2);
+        }
+      }
+    };
+    // Its part in the states, and what they put out.
+    auto scan_token = [&](const float* row, const float (&step)[CH], const float (&input)[CH], float (&y)[CH]) {
+      const float* const bc = kAlone ? row : row + seat.lane * NS;
+      float partial[CH][2] = {};
+#pragma unroll
+      for (int first = 0; first < NS; first += kQuad) {
+        float b[kQuad], cc[kQuad];
+        read_floats<kQuad>(bc + first, b);
+        if constexpr (kOutput) read_floats<kQuad>(bc + p.padded_states + first, cc);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j) {
+            float& state = h[c][first + j];
+            if constexpr (kSharedDecay) {
+              state = fmaf(input[c], b[j], state);
+            } else {
+              const float a_j = a[c][first + j], decay = exp2_fast(step[c] * a_j);
+              float u = input[c];
+              if constexpr (kZoh) u *= zoh_weight(step[c], step[c] * (a_j * kLn2), decay, a_j * kLn2);
+              state = fmaf(decay, state, u * b[j]);
+            }
+            if constexpr (kOutput) partial[c][j % 2] = fmaf(cc[j], state, partial[c][j % 2]);
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        y[c] = partial[c][0] + partial[c][1];
+        if constexpr (kOutput && !kAlone)
+          for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
+      }
+    };
+    auto write_token = [&](int64_t offset, const float (&x)[CH], float (&y)[CH]) {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) y[c] = fmaf(skip[c], x[c], y[c]);
+      float* const to = bases.sum + offset + seat.c;
+      const int exist = p.channels - track.first_d - seat.c;
+      if (kAlone || p.channels % CH == 0) {
+        if (exist > 0 && (kAlone || seat.lane == 0)) merge<CH>(to, visits_first, y);
+      } else if (seat.lane == 0) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          const float one[1] = {y[c]};
+          if (c < exist) merge<1>(to + c, visits_first, one);
+        }
+      }
+    };
+    if constexpr (kSharedDecay && kOutput) {
+      float since[CH];
+#pragma unroll
+      for (int c = 0; c < CH; ++c) since[c] = 1.f;
+#pragma unroll 1
+      for (int i = 0; i < count; i += kTogether) {
+        float x[kTogether][CH], step[CH], input[kTogether][CH], decay[CH], at[kTogether][CH], y[CH];
+        bool fits = i + kTogether <= count;
+        if (fits) {
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            read_token(row + j * row_step, x_row + j * x_step, steps + j * x_step, x[j], step, input[j], decay);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) {
+              at[j][c] = (j == 0 ? since[c] : at[j - 1][c]) * decay[c];
+              fits = fits && at[j][c] >= kLeastSince;
+            }
+          }
+        }
+        if (fits) {
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+#pragma unroll
+            for (int c = 0; c < CH; ++c) input[j][c] *= reciprocal(at[j][c]);
+            scan_token(row + j * row_step, step, input[j], y);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) y[c] *= at[j][c];
+            write_token(offset[j * sense], x[j], y);
+          }
+#pragma unroll
+          for (int c = 0; c < CH; ++c) since[c] = at[kTogether - 1][c];
+        } else {
+#pragma unroll 1
+          for (int j = 0; j < min(kTogether, count - i); ++j) {
+            read_token(row + j * row_step, x_row + j * x_step, steps + j * x_step, x[0], step, input[0], decay);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) since[c] *= decay[c];
+            make_whole<NS, CH>(h, since);
+            scan_token(row + j * row_step, step, input[0], y);
+            write_token(offset[j * sense], x[0], y);
+          }
+        }
+        row += kTogether * row_step;
+        x_row += kTogether * x_step;
+        steps += kTogether * x_step;
+        offset += kTogether * sense;
+      }
+      make_whole<NS, CH>(h, since);
+    } else {
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        float x[CH], step[CH], input[CH], decay[CH], y[CH];
+        read_token(row, x_row, steps, x, step, input, decay);
+        if constexpr (kSharedDecay) {
+#pragma unroll
+          for (int c = 0; c < CH; ++c) {
+            input[c] *= after[c];
+            after[c] *= decay[c];
+          }
+        }
+        scan_token(row, step, input, y);
+        if constexpr (kOutput) write_token(*offset, x, y);
+        row += row_step;
+        x_row += x_step;
+        if constexpr (!kAlone) steps += x_step;
+        offset += sense;
+      }
+    }
+  }
+}
+
+// The scan of a thread: NS states of CH channels.
+template <int NS, int CH, bool kShared, bool kZoh, int kHeld>
+struct Recurrence {
+  static constexpr bool kSharedDecay = kShared;
+  static constexpr int kChannels = CH;
+  int d;  // first channel
+  float a[CH][kShared ? 1 : NS], h[CH][NS], step_sum[CH];
+
+  __device__ Recurrence(const ForwardParams& p, const Seat& seat, const Track& track) : d(track.first_d + seat.c) {
+    load_decays<NS, CH, kShared>(p, track, d, seat.lane, a);
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      step_sum[c] = 0.f;
+#pragma unroll
+      for (int n = 0; n < NS; ++n) h[c][n] = 0.f;
+    }
+  }
+  __device__ void load(const ForwardParams& p, const Seat& seat, const float* plane) {
+    load_state<NS, CH>(p, plane, d, seat.lane, h);
+  }
+  __device__ void store(const ForwardParams& p, const Seat& seat, float* plane) const {
+    store_state<NS, CH>(p, plane, d, seat.lane, h);
+  }
+  __device__ void store_steps(const ForwardParams& p, const Seat& seat, float* to) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+      if (seat.lane == 0 && d + c < p.channels) to[d + c] = step_sum[c];
+  }
+  template <bool kOutput>
+  __device__ void advance(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to,
+                          bool visits_first) {
+    walk<NS, CH, kShared, kZoh, kHeld, kOutput>(p, seat, track, from, to, visits_first, a, h, step_sum);
+  }
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace diffmf
