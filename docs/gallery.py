@@ -1,7 +1,8 @@
-"""Renders the gallery and fuses it: `python docs/gallery.py [SCENE ...]` (default: all scenes).
+"""Renders the gallery and fuses it: `python docs/gallery.py [SCENE ...]` (default: all; "sample" is the bundled pair).
 
 Writes docs/gallery/SCENE_{ir,vi}.png, SCENE_fused.png for each set of weights in WEIGHTS whose file exists (the small
-set's is SCENE_fused-s.png), and the strip SCENE.png that README.md and docs/gallery.md show.
+set's is SCENE_fused-s.png), and the strip SCENE.png that README.md and docs/gallery.md show. The bundled pair is not
+rendered again.
 """
 
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from diffmf_model.checkpoint import BUNDLED, load_model, select_device
-from diffmf_model.fuse import fuse_images
+from diffmf_model.fuse import SAMPLE, fuse_images
 from diffmf_model.images import write_png
 from diffmf_model.sample import GALLERY, render
 
@@ -28,9 +29,12 @@ def main(scenes: list[str]) -> None:
     sets = {name: entry for name, entry in WEIGHTS.items() if entry[1].exists()}
     models = {name: load_model(path, device) for name, (_, path) in sets.items()}
     for scene in scenes:
-        ir, vi = (FOLDER / f"{scene}_{name}.png" for name in ("ir", "vi"))
-        for path, picture in zip((ir, vi), render(scene), strict=True):
-            Image.fromarray(picture).save(path, optimize=True)
+        if scene == SAMPLE.name:
+            ir, vi = SAMPLE.ir, SAMPLE.vi
+        else:
+            ir, vi = (FOLDER / f"{scene}_{name}.png" for name in ("ir", "vi"))
+            for path, picture in zip((ir, vi), render(scene), strict=True):
+                Image.fromarray(picture).save(path, optimize=True)
         panels = {"infrared": ir, "visible": vi}
         for name, model in models.items():
             path = panels[sets[name][0]] = FOLDER / f"{scene}_{name}.png"
@@ -53,4 +57,4 @@ def strip(panels: dict[str, Path]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(GALLERY))
+    main(sys.argv[1:] or [*GALLERY, SAMPLE.name])
