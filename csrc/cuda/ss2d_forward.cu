@@ -12,6 +12,9 @@
 // round is such a pair: the warps of a block walk the same chunk from its two ends and change halves in the middle,
 // behind a barrier. The first to visit a token stores its part of y, later ones add theirs with a reduction that
 // returns nothing; barriers order them, so each element of y is summed in the same order on every run.
+//
+// The kernel takes how a warp scans as its parameter: token by token (ss2d_recurrence.cuh), or a tile at a time by
+// matrix products (ss2d_matrix.cuh).
 #include <algorithm>
 #include <vector>
 

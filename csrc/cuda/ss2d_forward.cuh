@@ -33,7 +33,7 @@ struct ForwardParams : Params {
 
 // Where a thread stands.
 struct Seat {
-  int lane, c;                // lane of the channel, first channel within the block of channels
+  int lane, c;                // of the recurrence: lane of the channel, first channel within the block of channels
   int copy_lane, copy_token;  // when copying a tile
   char* shared;               // of its warp
 };
