@@ -131,9 +131,16 @@ def test_nonfinite_values_stay_in_their_batch_item(device):
     assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
 
 
+def test_nan_reaches_the_tokens_after_it(device):
+    tensors = make_inputs(height=1, width=40, paths=(0,), device=device)
+    tensors[0][0, 0, 25] = float("nan")
+    y = ss2d(*tensors, paths=(0,))
+    assert torch.isfinite(y[0, 0, :25]).all() and torch.isnan(y[0, 0, 25:]).all()
+
+
 @pytest.mark.parametrize("where", ["x", "proj"])
 @pytest.mark.parametrize(("states", "shared_decay"), [(4, False), (4, True), (24, True), (40, True)])
-def test_nan_reaches_the_tokens_after_it_and_no_other(device, states, shared_decay, where):
+def test_nan_of_one_path_reaches_the_tokens_after_it_and_no_other(device, states, shared_decay, where):
     tensors = make_inputs(
         height=1, width=40, states=states, shared_decay=shared_decay, paths=(0, 2), per_path=True, device=device
     )
