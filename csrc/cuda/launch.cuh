@@ -48,9 +48,9 @@ struct SharedBytes {
 
 struct Plan {
   Layout layout;
-  int64_t chunk, chunks;
-  int64_t tasks;  // (sequence, chunk)
-  int64_t grid;   // blocks
+  int64_t chunks, granule;  // granule: tokens that chunks are multiples of, but for the last
+  int64_t tasks;            // (sequence, chunk)
+  int64_t grid;             // blocks
   // Offsets into the workspace, in floats.
   size_t workspace_floats = 0;
   size_t chunk_state_at = 0, chunk_steps_at = 0, sum_at = 0, dproj_sum_at = 0;
@@ -85,14 +85,14 @@ inline int resident_blocks(const void* kernel, const Layout& layout) {
 
 // Cuts the axis so that `sequences` fill the device, which holds `resident` tasks (one chunk of one sequence) at once.
 // Chunking costs a second pass over the data, so it pays only where fewer than 1 / `least` of the device would have
-// work without it. Chunks are a multiple of `granule` tokens.
+// work without it. Chunks differ by a granule at most.
 inline Plan chunk_plan(const SS2DProblem& problem, const Layout& layout, int64_t sequences, int64_t resident,
                        int64_t least, int64_t granule) {
   Plan plan;
   plan.layout = layout;
   const int64_t wanted = sequences * least > resident ? 1 : resident / std::max<int64_t>(sequences, 1);
-  plan.chunk = std::max(int64_t{1}, ceil_div(ceil_div(problem.tokens(), wanted), granule)) * granule;
-  plan.chunks = ceil_div(problem.tokens(), plan.chunk);
+  plan.chunks = std::max<int64_t>(1, std::min(wanted, ceil_div(problem.tokens(), granule)));
+  plan.granule = granule;
   plan.tasks = sequences * plan.chunks;
   if (plan.chunks > 1) {
     const int64_t summaries = problem.modalities * problem.batch * problem.paths * plan.chunks * problem.channels;
@@ -148,8 +148,12 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   params.groups = layout.groups;
   params.padded_states = layout.padded_states;
   params.pitch = layout.pitch;
-  params.chunk = static_cast<int>(plan.chunk);
   params.chunks = static_cast<int>(plan.chunks);
+  params.granule = static_cast<int>(plan.granule);
+  const int64_t granules = ceil_div(problem.tokens(), plan.granule);
+  params.shortest = static_cast<int>(granules / plan.chunks);
+  params.longer = static_cast<int>(granules % plan.chunks);
+  params.by_chunks = FastDiv(static_cast<uint32_t>(plan.chunks));
   const int element = params.element();
   const int64_t block_bytes = int64_t{layout.block_channels} * element, row_bytes = problem.channels * element;
   params.x = activation(problem, inputs.x, inputs.x_strides, element, "x", block_bytes, row_bytes);

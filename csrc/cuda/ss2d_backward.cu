@@ -135,7 +135,7 @@ struct Contribution {
 struct Walk {
   Run runs[kRuns];
   Track track;
-  int chunk, pieces, end;  // end: of the chunk
+  int chunk, begin, end, pieces;  // tokens [begin, end) of the axis
   Contribution part;
   int next;  // where the kernel's loop goes on: kept here, as registers are short
   // Elements, at pixel 0: of dx and ddelta the first channel of the block, of dproj the row of the walk's own low-rank
@@ -146,8 +146,9 @@ struct Walk {
                   int tile)
       : track(t),
         chunk(chunk),
-        pieces((min(p.chunk, p.tokens - chunk * p.chunk) + int{kCheckpoint} - 1) / int{kCheckpoint}),
-        end(min((chunk + 1) * p.chunk, p.tokens)),
+        begin(p.begin_of(chunk)),
+        end(p.begin_of(chunk + 1)),
+        pieces((end - begin + int{kCheckpoint} - 1) / int{kCheckpoint}),
         part(part),
         dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
         ddelta_pixel(p.paths * p.channels),
@@ -426,7 +427,7 @@ __device__ void summarize_chunk(const BackwardParams& p, const Place& place, con
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
   const Spacing<kLanes> spacing(p);
-  const int begin = chunk * p.chunk, tiles = (walk.end - begin + kWideTile - 1) / kWideTile;
+  const int begin = walk.begin, tiles = (walk.end - begin + kWideTile - 1) / kWideTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
   issue_tile<Reads::c_dy>(p, place, walk, first_token(0), 0);
 #pragma unroll 1
@@ -1066,7 +1067,7 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
 #pragma unroll 1
   for (int piece = 0; piece < walk.pieces; ++piece) {
     const int place_of_piece = walk.track.reversed ? piece : walk.pieces - 1 - piece;
-    const int piece_begin = walk.chunk * p.chunk + place_of_piece * int{kCheckpoint};
+    const int piece_begin = walk.begin + place_of_piece * int{kCheckpoint};
     const int tiles = (min(piece_begin + int{kCheckpoint}, walk.end) - piece_begin + kTile - 1) / kTile;
     auto first_token = [&](int tile) { return piece_begin + (walk.track.reversed ? tiles - 1 - tile : tile) * kTile; };
     __syncthreads();  // the buffers of the piece before are free
@@ -1335,7 +1336,7 @@ BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t
   // Tasks of phase 1; they take about two fifths of the time, and what comes before and after a walk about that of 16
   // tokens.
   const int64_t summaries = problem.modalities * problem.batch * layout.groups * problem.paths * (plan.chunks - 1);
-  plan.cost = (std::min(plan.chunk, problem.tokens()) + 16) *
+  plan.cost = (ceil_div(ceil_div(problem.tokens(), plan.granule), plan.chunks) * plan.granule + 16) *
               (5 * ceil_div(plan.tasks, resident) * plan.share * per_task * (problem.paths / at_once) +
                2 * ceil_div(summaries, resident));
   plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, std::max(plan.tasks, summaries)));

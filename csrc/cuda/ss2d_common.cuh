@@ -52,7 +52,9 @@ struct Params {
   int state_lanes, block_channels, groups;  // groups = blocks of channels
   int lane_shift;                           // log2(state_lanes)
   int padded_states, pitch;                 // NS * state_lanes; values of a staged row [B | C | low rank]
-  int chunk, chunks;                        // tokens of a chunk, chunks of the axis
+  // The axis is cut into chunks of whole granules: `shortest` each, and one more for `longer` of them, evenly spread.
+  int chunks, granule, shortest, longer;
+  FastDiv by_chunks;
 
   Activation x, proj, delta;
   const float* dt_weight;  // [M, K, D, R]
@@ -66,6 +68,10 @@ struct Params {
   __device__ int source(int m) const { return source_of(exchange, m); }
   __device__ int pieces() const { return (tokens + int{kCheckpoint} - 1) / int{kCheckpoint}; }
   __device__ int row() const { return rank + 2 * states; }
+  // First token of a chunk; of the one after the last, the end.
+  __device__ int begin_of(int chunk) const {
+    return min((chunk * shortest + by_chunks.quotient(chunk * longer)) * granule, tokens);
+  }
   __host__ __device__ int element() const { return half ? 2 : 4; }
 };
 

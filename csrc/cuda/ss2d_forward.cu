@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     for (int item = blockIdx.x * kWarps + warp; item < items; item += gridDim.x * kWarps) {
       const int nth = item / p.paths, path = item % p.paths, sequence = nth / summaries;
       const Track track = track_of(sequence, path);
-      const int chunk = nth - sequence * summaries + (track.reversed ? 1 : 0), begin = chunk * p.chunk;
+      const int chunk = nth - sequence * summaries + (track.reversed ? 1 : 0);
       Scan scan(p, seat, track);
-      scan.template advance<false>(p, seat, track, begin, min(begin + p.chunk, p.tokens), false);
+      scan.template advance<false>(p, seat, track, p.begin_of(chunk), p.begin_of(chunk + 1), false);
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       scan.store(p, seat, p.chunk_state + at * plane);
       scan.store_steps(p, seat, p.chunk_steps + at * p.channels);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       const bool works = task < tasks;
       const Track track = track_of(works ? task / p.chunks : 0, path);
       const int chunk = task % p.chunks;
-      const int begin = chunk * p.chunk, end = min(begin + p.chunk, p.tokens);
+      const int begin = p.begin_of(chunk), end = p.begin_of(chunk + 1);
       const int middle = min(begin + (end - begin + 2 * kTile - 1) / (2 * kTile) * kTile, end);
       Scan scan(p, seat, track);
       if (works && p.chunks > 1) scan.load(p, seat, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane);
