@@ -68,7 +68,7 @@ struct BackwardParams : Params {
   FastDiv by_quads;             // columns of a row of sums, by four
   Stage narrow, wide;           // of tiles of phase 3 and of phase 1, in the same memory
   // The rest of shared memory, offsets in bytes.
-  int walk_at, channels_at, steps_at, channel_sums_at, warp_sums_at, scratch_at, history_at;
+  int walk_at, quads_at, channels_at, steps_at, channel_sums_at, warp_sums_at, scratch_at, history_at;
   // Values between tokens: of one value a channel, and of two. More than there are channels, so that the lanes of a
   // channel, at work on different tokens, find theirs in different banks.
   int single, twin;
@@ -121,6 +121,13 @@ struct alignas(16) Run {
 // In the order of a walk's runs, so that those a tile needs follow one another. kRows: B and C where they are copied as
 // one, else B.
 enum RunOf { kB, kX, kLow, kDy, kRows, kC, kRuns };  // kLow: the low-rank part or delta
+
+// Where four columns of the warps' sums go: the first of them in dproj at pixel 0, and how many exist.
+struct alignas(16) Quad {
+  int64_t to;
+  int count;
+  bool first, last;  // contribution
+};
 
 // Which of the contributions to a row of dproj this walk is.
 struct Contribution {
@@ -549,16 +556,35 @@ __device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
   return at + static_cast<int64_t>(uint64_t{static_cast<uint32_t>(pixel)} * static_cast<uint32_t>(stride));
 }
 
+// The quads of a walk's rows of dproj.
+__device__ inline void lay_out_quads(const BackwardParams& p, const Place& place, const Walk& walk) {
+  const Contribution& part = walk.part;
+  for (int i = threadIdx.x; i < static_cast<int>(p.by_quads.divisor); i += blockDim.x) {
+    const int column = i * 4;
+    const bool of_c = column >= p.padded_states, low = column >= 2 * p.padded_states;
+    const int at = column - (low    ? 2 * p.padded_states
+                             : of_c ? p.padded_states
+                                    : 0);  // within B, C or the low-rank part
+    Quad quad;
+    quad.to = low ? walk.own_row + at : walk.bc_row + (of_c ? p.states + at : at);
+    quad.count = min((low ? p.rank : p.states) - at, 4);
+    quad.first = low ? part.first_low : part.first_bc;
+    quad.last = low ? part.last_low : part.last_bc;
+    reinterpret_cast<Quad*>(place.shared + p.quads_at)[i] = quad;
+  }
+}
+
 // After a tile: the warps' sums become rows of dproj, four columns a thread. Between two barriers.
 __device__ inline void write_dproj(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile) {
-  const Contribution part = walk.part;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int quads = static_cast<int>(p.by_quads.divisor);
+  const int row_pixel = walk.row_pixel;
 #pragma unroll 1
   for (int i = opaque(threadIdx.x); i < kTile * quads; i += blockDim.x) {
-    const int t = p.by_quads.quotient(i), column = (i - t * quads) * 4, pixel = tile.pixels[t];
+    const int t = p.by_quads.quotient(i), column = i - t * quads, pixel = tile.pixels[t];
     if (pixel < 0) continue;
-    const float* const sums = reinterpret_cast<const float*>(place.shared + p.warp_sums_at) + t * p.pitch + column;
+    const Quad quad = reinterpret_cast<const Quad*>(place.shared + p.quads_at)[column];
+    const float* const sums = reinterpret_cast<const float*>(place.shared + p.warp_sums_at) + t * p.pitch + column * 4;
     float v[4];
     read_floats<4>(sums, v);
 #pragma unroll
@@ -571,54 +597,56 @@ __device__ inline void write_dproj(const BackwardParams& p, const Place& place, 
         v[3] += more.w;
       }
     }
-    const bool of_c = column >= p.padded_states, low = column >= 2 * p.padded_states;
-    const int at = column - (low    ? 2 * p.padded_states
-                             : of_c ? p.padded_states
-                                    : 0);  // within B, C or the low-rank part
-    const int count = min((low ? p.rank : p.states) - at, 4), row_at = !low && of_c ? p.states + at : at;
-    const int64_t to = at_pixel((low ? walk.own_row : walk.bc_row) + row_at, pixel, walk.row_pixel);
-    const bool first = low ? part.first_low : part.first_bc, last = low ? part.last_low : part.last_bc;
+    const int64_t to = at_pixel(quad.to, pixel, row_pixel);
+    const bool rounds = p.half && quad.last;  // float rows end where they are summed
     if (p.paired) {
+      if (!quad.first) {
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          if (j >= quad.count) break;
+          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to + j));
+          v[j] += before.x;
+          v[j + 1] += before.y;
+        }
+      }
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
-        if (j >= count) break;
-        float2 sum = make_float2(v[j], v[j + 1]);
-        if (!first) {
-          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to + j));
-          sum = make_float2(sum.x + before.x, sum.y + before.y);
-        }
-        if (last) {
-          store_pair(p.dproj, to + j, sum, p);
+        if (j >= quad.count) break;
+        if (rounds) {
+          store_pair(p.dproj, to + j, make_float2(v[j], v[j + 1]), p);
         } else {
-          *reinterpret_cast<float2*>(p.dproj_sum + to + j) = sum;
+          *reinterpret_cast<float2*>(p.dproj_sum + to + j) = make_float2(v[j], v[j + 1]);
         }
       }
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (j >= count) break;
-        const float sum = first ? v[j] : v[j] + __ldcg(p.dproj_sum + to + j);
-        if (last) {
+        if (j >= quad.count) break;
+        const float sum = quad.first ? v[j] : v[j] + __ldcg(p.dproj_sum + to + j);
+        if (rounds) {
           store_as(p.dproj, to + j, sum, p);
         } else {
           p.dproj_sum[to + j] = sum;
         }
       }
     }
-    if (part.zero_own_bc && !low) {
-      const int64_t own = at_pixel(walk.own_row + p.rank + row_at, pixel, walk.row_pixel);
-      for (int j = 0; j < count; ++j) {
-        if (p.splits > 1) {
-          p.dproj_sum[own + j] = 0.f;
-        } else {
-          store_as(p.dproj, own + j, 0.f, p);
-        }
+  }
+  if (walk.part.zero_own_bc) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kTile * 2 * p.states; i += blockDim.x) {
+      const int t = i / (2 * p.states), pixel = tile.pixels[t];
+      if (pixel < 0) continue;
+      const int64_t own = at_pixel(walk.own_row + p.rank + i - t * 2 * p.states, pixel, row_pixel);
+      if (p.splits > 1) {
+        p.dproj_sum[own] = 0.f;
+      } else {
+        store_as(p.dproj, own, 0.f, p);
       }
     }
   }
 }
 
-// What the paths before left in dx_sum, where this one writes dx in a 16-bit type; else zeros.
+// What the paths before left in dx_sum of the thread's channels, of which `exist` exist.
 template <int CH>
 __device__ inline void read_dx(const BackwardParams& p, int64_t from, int exist, float (&dx)[CH]) {
   if (CH == 2 && p.channels % 2 == 0) {  // both channels or none
@@ -633,35 +661,31 @@ __device__ inline void read_dx(const BackwardParams& p, int64_t from, int exist,
   }
 }
 
-// dx of one token and the thread's channels, of which `exist` exist; `to` counts elements of dx. Where it leaves in a
-// 16-bit type it comes with what read_dx found.
-template <int CH>
-__device__ inline void write_dx(const BackwardParams& p, const Contribution& part, int64_t to, int exist,
-                                const float (&dx)[CH]) {
-  if constexpr (CH == 2) {
-    if (p.channels % 2 == 0) {  // both channels or none
-      if (exist < CH) return;
-      if (p.half && part.last_dx) {
-        store_pair(p.dx, to, make_float2(dx[0], dx[1]), p);
-      } else if (part.first_dx) {
-        write_floats<CH>(p.dx_sum + to, dx);
+// dx of the thread's tokens and CH channels, all of which exist. Where it leaves in a 16-bit type it comes with what
+// read_dx found. `c` is the first channel within the block.
+template <int CH, int kShare>
+__device__ inline void write_dx(const BackwardParams& p, const Walk& walk, int c, const int (&pixel)[kShare],
+                                const float (&dx)[kShare][CH]) {
+  const int64_t at = walk.dx + c;
+  const int stride = walk.dx_pixel;
+  if (p.half && walk.part.last_dx) {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      if (pixel[i] < 0) continue;
+      if constexpr (CH == 2) {
+        store_pair(p.dx, at_pixel(at, pixel[i], stride), make_float2(dx[i][0], dx[i][1]), p);
       } else {
-        add_at<CH>(p.dx_sum + to, dx);
+        store_as(p.dx, at_pixel(at, pixel[i], stride), dx[i][0], p);
       }
-      return;
     }
-  }
-#pragma unroll 1
-  for (int c = 0; c < CH; ++c) {
-    if (c >= exist) break;
-    const float one[1] = {c == 0 ? dx[0] : dx[CH - 1]};
-    if (p.half && part.last_dx) {
-      store_as(p.dx, to + c, one[0], p);
-    } else if (part.first_dx) {
-      p.dx_sum[to + c] = one[0];
-    } else {
-      add_at<1>(p.dx_sum + to + c, one);
-    }
+  } else if (walk.part.first_dx) {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i)
+      if (pixel[i] >= 0) write_floats<CH>(p.dx_sum + at_pixel(at, pixel[i], stride), dx[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i)
+      if (pixel[i] >= 0) add_at<CH>(p.dx_sum + at_pixel(at, pixel[i], stride), dx[i]);
   }
 }
 
@@ -707,12 +731,18 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   const int first = opaque(place.lane);
   const int exist = p.channels - walk.track.first_d - place.c;
   float draw[kShare][CH] = {}, dx[kShare][CH] = {}, skip[CH], dbias[CH], dskip[CH];
-  if (p.half && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
+  int pixel[kShare];
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const int t = first + i * lanes, pixel = kLanes == 0 && t >= kTile ? -1 : tile.pixels[t];
-      if (pixel >= 0) read_dx<CH>(p, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx[i]);
-    }
+  for (int i = 0; i < kShare; ++i) {
+    const int t = first + i * lanes;
+    pixel[i] = kLanes == 0 && t >= kTile ? -1 : tile.pixels[t];
+  }
+  if (p.half && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
+    const int64_t at = walk.dx + place.c;
+    const int stride = walk.dx_pixel;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i)
+      if (pixel[i] >= 0) read_dx<CH>(p, at_pixel(at, pixel[i], stride), exist, dx[i]);
   }
   const int sums_row = blockDim.x * CH;
   float* sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
@@ -746,16 +776,26 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
       dbias[c] += draw[i][c];
       dskip[c] = fmaf(dy[c], x[c], dskip[c]);
     }
-    const int pixel = tile.pixels[t];
-    if (pixel >= 0) {
-      write_dx<CH>(p, part, at_pixel(walk.dx + place.c, pixel, walk.dx_pixel), exist, dx[i]);
-      if (p.ddelta != nullptr) {
-        const int64_t to = at_pixel(walk.ddelta + place.c, pixel, walk.ddelta_pixel);
+  }
+  if (CH == 1 || p.channels % 2 == 0) {  // all channels or none
+    if (exist >= CH) write_dx<CH, kShare>(p, walk, place.c, pixel, dx);
+  } else {
 #pragma unroll
-        for (int c = 0; c < CH; ++c)
-          if (c < exist) store_as(p.ddelta, to + c, draw[i][c], p);
-      }
+    for (int c = 0; c < CH; ++c) {
+      float one[kShare][1];
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) one[i][0] = dx[i][c];
+      if (c < exist) write_dx<1, kShare>(p, walk, place.c + c, pixel, one);
     }
+  }
+  if (p.ddelta != nullptr) {
+    const int64_t at = walk.ddelta + place.c;
+    const int stride = walk.ddelta_pixel;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i)
+#pragma unroll
+      for (int c = 0; c < CH; ++c)
+        if (pixel[i] >= 0 && c < exist) store_as(p.ddelta, at_pixel(at + c, pixel[i], stride), draw[i][c], p);
   }
   float* warp_sums =
       reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
@@ -1061,6 +1101,7 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
   // The gradients of what is staged of the channels, of the thread's share of the tokens: rows like theirs.
   float* const channel_sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at);
   for (int i = 0; i < channel_rows(p.rank) * CH; ++i) channel_sums[i * blockDim.x + threadIdx.x] = 0.f;
+  lay_out_quads(p, place, walk);
   const History<NS, CH> history(p, place);
   const WarpMemory<NS> warp(p, place);
 
@@ -1297,6 +1338,8 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   params.twin = twin_of(spaced);
   SharedBytes shared;
   params.walk_at = shared.reserve(sizeof(Walk));
+  params.by_quads = FastDiv(static_cast<uint32_t>(2 * layout.padded_states + ceil_div(rank, 4) * 4) / 4);
+  params.quads_at = shared.reserve(static_cast<int>(params.by_quads.divisor * sizeof(Quad)));
   params.channels_at = shared.reserve(channel_rows(rank) * channels * 4);
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
@@ -1309,7 +1352,6 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   shared.count = std::max(shared.count, wide.count);
   params.history_at = shared.reserve(
       std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
-  params.by_quads = FastDiv(static_cast<uint32_t>(2 * layout.padded_states + ceil_div(rank, 4) * 4) / 4);
   layout.shared_bytes = static_cast<size_t>(shared.count);
 }
 
