@@ -94,7 +94,8 @@ def _grey(image: torch.Tensor) -> torch.Tensor:
     """(C, H, W) in 0 … 255 -> its Y, rounded, (H, W)."""
     if image.shape[0] == 1:
         return image[0]
-    return (0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]).round()
+    # In whole numbers: a level halfway between two is then halfway on every device.
+    return ((299 * image[0] + 587 * image[1] + 114 * image[2]) / 1000).round()
 
 
 def _stretch(image: torch.Tensor) -> torch.Tensor:
