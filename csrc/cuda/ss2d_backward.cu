@@ -1338,7 +1338,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   params.twin = twin_of(spaced);
   SharedBytes shared;
   params.walk_at = shared.reserve(sizeof(Walk));
-  params.by_quads = FastDiv(static_cast<uint32_t>(2 * layout.padded_states + ceil_div(rank, 4) * 4) / 4);
+  params.by_quads = FastDiv(static_cast<uint32_t>(layout.pitch / 4));
   params.quads_at = shared.reserve(static_cast<int>(params.by_quads.divisor * sizeof(Quad)));
   params.channels_at = shared.reserve(channel_rows(rank) * channels * 4);
   SharedBytes wide = shared;

@@ -115,9 +115,9 @@ def test_colour_is_scored_as_rounded_luma(rng):
     fused, ir, vi = levels(rng, channels=3), levels(rng), levels(rng, channels=3)
     fused[:, 0, 0] = torch.tensor([0, 0, 250])  # 28.5: the even level
     weights = np.array([299, 587, 114])
-    grey = [torch.from_numpy(np.rint(np.einsum("c,chw->hw", weights, x.numpy()) / 1000)) for x in (fused, vi)]
-    assert grey[0][0, 0] == 28
-    grey = [x.to(torch.uint8)[None] for x in grey]
+    luma = [np.rint(np.einsum("c,chw->hw", weights, x.numpy()) / 1000) for x in (fused, vi)]
+    grey = [torch.from_numpy(y).to(torch.uint8)[None] for y in luma]
+    assert grey[0][0, 0, 0] == 28
     assert evaluate_pair(fused, ir, vi) == evaluate_pair(grey[0], ir, grey[1])
 
 
