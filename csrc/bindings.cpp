@@ -78,7 +78,8 @@ NormGateGradients make_norm_gradients(uintptr_t dout, uintptr_t dy, uintptr_t dz
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("CHECKPOINT") = kCheckpoint;
+  m.def("checkpoint_of",
+        [](bool on_gpu, int64_t states) { return on_gpu ? cuda::checkpoint_of(states) : cpu::kCheckpoint; });
   m.attr("MAX_PATHS") = kMaxPaths;
   py::enum_<DType>(m, "DType")
       .value("f32", DType::f32)

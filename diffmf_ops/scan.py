@@ -76,9 +76,9 @@ def _sizes(x, proj, rank):
 
 
 def states_shape(x, proj, rank) -> tuple[int, ...]:
-    """Shape of the states saved for the backward pass: (M, B, K, pieces of 64 tokens, N, D)."""
+    """Shape of the states saved for the backward pass: (M, B, K, pieces, N, D), as many pieces as x's device wants."""
     modalities, batch, height, width, channels, states, _ = _sizes(x, proj, rank)
-    pieces = -(-height * width // backend.module().CHECKPOINT)
+    pieces = -(-height * width // backend.module().checkpoint_of(x.device.type == "cuda", states))
     return (modalities, batch, proj.shape[4], pieces, states, channels)
 
 

@@ -64,7 +64,7 @@ struct Plan {
 
   // slot_width: elements of Real that a scan leaves behind for each token of a segment.
   Plan(const SS2DProblem& p, int64_t slot_width, int requested_threads)
-      : problem(p), kernels(cpu::kernels<Real>()), tokens(p.tokens()), pieces(p.pieces()) {
+      : problem(p), kernels(cpu::kernels<Real>()), tokens(p.tokens()), pieces(p.pieces(kCheckpoint)) {
     blocks = (p.channels + kLanes - 1) / kLanes;
     item_scans = p.modalities * p.paths * blocks;
     // About 16 segments, within a megabyte or so of slots per scan.

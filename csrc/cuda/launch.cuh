@@ -135,6 +135,7 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   params.rank = static_cast<int>(problem.rank);
   params.tokens = static_cast<int>(problem.tokens());
   params.width = static_cast<int>(problem.width);
+  while ((1 << params.checkpoint_shift) < checkpoint_of(problem.states)) ++params.checkpoint_shift;
   params.by_height = FastDiv(static_cast<uint32_t>(problem.height));
   std::copy(problem.path, problem.path + problem.paths, params.path);
   params.exchange = problem.exchange;

@@ -5,7 +5,7 @@
 // chunks, (3) the gradients. In phase 3 a block walks its chunk against the scan, piece by piece. The state that enters
 // a piece was saved by the forward pass; the piece is scanned once to keep the state at each of its tiles in shared
 // memory, then its tiles are taken in reverse: a tile's states are rebuilt into registers, and the tile is walked
-// backwards.
+// backwards. A single state was saved at every tile, and pieces vanish.
 //
 // Sums over channels (the gradients of B, C and of the low-rank part) are sums over the threads of a block, always in
 // the same order: over a warp's threads through shared memory a batch of tokens at a time, or by shuffles that halve
@@ -28,10 +28,11 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 128;
-constexpr int kTile = 8;  // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+constexpr int kTile = 8;  // tokens staged at a time; divides what is between two saved states
 // Blocks that a multiprocessor holds: at most 168 registers a thread, 128 with one state.
 constexpr int min_blocks(int states_per_thread) { return states_per_thread == 1 ? 4 : 3; }
-constexpr int kTilesPerPiece = int{kCheckpoint} / kTile;
+constexpr int kPiece = static_cast<int>(checkpoint_of(2)), kTilesPerPiece = kPiece / kTile;
+static_assert(checkpoint_of(1) == kTile && kPiece % kTile == 0, "tiles must not straddle pieces");
 constexpr int kWideTile = 16;  // tokens staged at a time in phase 1, which needs less memory for each
 constexpr int kBatch = 4;      // tokens whose gradients of B or C are summed over a warp's channels at a time
 static_assert(kTile % kBatch == 0, "a tile is made of batches");
@@ -155,7 +156,7 @@ struct Walk {
         chunk(chunk),
         begin(p.begin_of(chunk)),
         end(p.begin_of(chunk + 1)),
-        pieces((end - begin + int{kCheckpoint} - 1) / int{kCheckpoint}),
+        pieces((end - begin + kPiece - 1) / kPiece),
         part(part),
         dx_pixel((p.x_per_path ? p.paths : 1) * p.channels),
         ddelta_pixel(p.paths * p.channels),
@@ -1104,28 +1105,35 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
   lay_out_quads(p, place, walk);
   const History<NS, CH> history(p, place);
   const WarpMemory<NS> warp(p, place);
+  constexpr bool kTilesSaved = NS == 1;
+  const int64_t first_saved = walk.track.mbk(p) * p.pieces();
+  auto load_saved = [&](int q0, float (&h)[CH][NS]) {
+    const int64_t piece = first_saved + (q0 >> p.checkpoint_shift);
+    load_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, walk.track.first_d + place.c, place.lane, h);
+  };
 
 #pragma unroll 1
-  for (int piece = 0; piece < walk.pieces; ++piece) {
-    const int place_of_piece = walk.track.reversed ? piece : walk.pieces - 1 - piece;
-    const int piece_begin = walk.begin + place_of_piece * int{kCheckpoint};
-    const int tiles = (min(piece_begin + int{kCheckpoint}, walk.end) - piece_begin + kTile - 1) / kTile;
+  for (int piece = 0, pieces = kTilesSaved ? 1 : walk.pieces; piece < pieces; ++piece) {
+    const int place_of_piece = walk.track.reversed ? piece : pieces - 1 - piece;
+    const int piece_begin = walk.begin + place_of_piece * kPiece;
+    const int tiles =
+        ((kTilesSaved ? walk.end : min(piece_begin + kPiece, walk.end)) - piece_begin + kTile - 1) / kTile;
+    const int scanned = kTilesSaved ? 0 : tiles - 1;  // for the states at the entries of the tiles after them
     auto first_token = [&](int tile) { return piece_begin + (walk.track.reversed ? tiles - 1 - tile : tile) * kTile; };
     __syncthreads();  // the buffers of the piece before are free
-    if (tiles > 1) {
+    if (scanned > 0) {
       issue_tile<Reads::b_x>(p, place, walk, first_token(0), 0);
     } else {
-      issue_tile<Reads::all>(p, place, walk, first_token(0), 0);
+      issue_tile<Reads::all>(p, place, walk, first_token(tiles - 1), ~tiles & 1);
     }
     float h[CH][NS] = {};
-    const int64_t saved = walk.track.mbk(p) * p.pieces() + piece_begin / int{kCheckpoint};
-    load_state<NS, CH>(p, p.saved_states + saved * p.states * p.channels, walk.track.first_d + place.c, place.lane, h);
+    load_saved(first_token(kTilesSaved ? tiles - 1 : 0), h);
     // Along the scan: the state at the entry of every tile.
 #pragma unroll 1
-    for (int i = 0; i < tiles - 1; ++i) {
+    for (int i = 0; i < scanned; ++i) {
       history.save(i, h);
       const Tile tile = prepare_tile<Reads::b_x, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
-        if (i + 2 < tiles) {
+        if (i + 1 < scanned) {
           issue_tile<Reads::b_x>(p, place, walk, first_token(i + 1), ~i & 1);
         } else {
           issue_tile<Reads::all>(p, place, walk, first_token(i + 1), ~i & 1);
@@ -1140,13 +1148,22 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
       const Tile tile = prepare_tile<Reads::all, kZoh, CH, kLanes>(p, place, walk, first_token(i), i & 1, [&] {
         if (i > 0) issue_tile<Reads::all>(p, place, walk, first_token(i - 1), ~i & 1);
       });
-      if (i < tiles - 1) history.load(i, h);
+      float before[kTilesSaved ? CH : 1][NS] = {};  // the state at the entry of the tile before this one
+      if constexpr (kTilesSaved) {
+        if (i > 0) load_saved(first_token(i - 1), before);
+      } else {
+        if (i < tiles - 1) history.load(i, h);
+      }
       float state[kTile][CH][NS], own[own_tokens(kLanes)][2 * CH];
       rebuild_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, h, state);
       reverse_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, state, g, own, da);
       finish_tokens<CH, kLanes, kZoh>(p, place, walk, tile, own);
       __syncthreads();
       write_dproj(p, place, walk, tile);
+      if constexpr (kTilesSaved) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c) h[c][0] = before[c][0];
+      }
     }
   }
   write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
@@ -1350,8 +1367,11 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   if (layout.states_per_thread > 1)
     params.scratch_at = shared.reserve(layout.threads / 32 * kBatch * (32 * layout.states_per_thread + kBatchPad) * 4);
   shared.count = std::max(shared.count, wide.count);
-  params.history_at = shared.reserve(
-      std::max((kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4, 8) * layout.threads);
+  // Also the scratch of prefix_chunks.
+  const int history = layout.states_per_thread == 1
+                          ? 0
+                          : (kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4;
+  params.history_at = shared.reserve(std::max(history, int{sizeof(float2)}) * layout.threads);
   layout.shared_bytes = static_cast<size_t>(shared.count);
 }
 
@@ -1371,7 +1391,8 @@ BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t
                        bool all_paths) {
   const int64_t images = (shares_source(problem) ? 1 : problem.modalities) * problem.batch;
   const int64_t per_task = shares_source(problem) ? 2 : 1, at_once = all_paths ? problem.paths : 1;
-  BackwardPlan plan{chunk_plan(problem, layout, images * splits * at_once, resident, 2, kCheckpoint)};
+  BackwardPlan plan{chunk_plan(problem, layout, images * splits * at_once, resident, 2,
+                               std::max<int64_t>(checkpoint_of(problem.states), kWideTile))};
   plan.splits = splits;
   plan.share = ceil_div(layout.groups, splits);
   plan.all_paths = all_paths;

@@ -42,6 +42,7 @@ struct Activation {
 
 struct Params {
   int modalities, batch, paths, channels, states, rank, tokens, width;
+  int checkpoint_shift;  // log2(checkpoint_of(states))
   FastDiv by_height;
   int path[kMaxPaths];
   Exchange exchange;
@@ -66,7 +67,7 @@ struct Params {
   float* chunk_steps;  // [M, B, K, chunks, D], the sum of the steps of a chunk
 
   __device__ int source(int m) const { return source_of(exchange, m); }
-  __device__ int pieces() const { return (tokens + int{kCheckpoint} - 1) / int{kCheckpoint}; }
+  __device__ int pieces() const { return ((tokens - 1) >> checkpoint_shift) + 1; }
   __device__ int row() const { return rank + 2 * states; }
   // First token of a chunk; of the one after the last, the end.
   __device__ int begin_of(int chunk) const {

@@ -10,10 +10,10 @@ namespace cuda {
 namespace {
 
 constexpr int kWarps = 2;
-constexpr int kMinBlocks = 6;  // a multiprocessor holds: at most 168 registers a thread
-constexpr int kTile = 8;       // tokens staged at a time; divides kCheckpoint, so tiles never straddle a piece
+constexpr int kMinBlocks = 6;            // a multiprocessor holds: at most 168 registers a thread
+constexpr int kTile = 8;                 // tokens staged at a time; divides what is between two saved states
 constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile: fewer would copy less of a row at once
-static_assert(kCheckpoint % kTile == 0, "tiles must not straddle pieces");
+static_assert(checkpoint_of(1) % kTile == 0 && checkpoint_of(2) % kTile == 0, "tiles must not straddle pieces");
 
 struct Round {
   int path[kWarps];  // of the two warps; path[1] is -1 when the round has one path, and the warps take two chunks
@@ -105,6 +105,14 @@ struct ForwardBases : Bases {
     mbk = t.mbk(p);
   }
 };
+
+// Where to save the state with which a path enters the tile of tokens from q0 on: null unless it is to be.
+__device__ inline float* saved_state(const ForwardParams& p, const Seat& seat, bool reversed, int q0) {
+  const int beyond = q0 + kTile, in_piece = (reversed ? beyond : q0) & ((1 << p.checkpoint_shift) - 1);
+  if (p.saved_states == nullptr || (in_piece != 0 && !(reversed && beyond >= p.tokens))) return nullptr;
+  const int64_t track = reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at)->mbk;
+  return p.saved_states + (track * p.pieces() + (q0 >> p.checkpoint_shift)) * p.states * p.channels;
+}
 
 // Starts the copies of the tile of tokens from `first` on into one of the two buffers, and notes where its tokens are
 // in y if kOutput. Past `end`: the last token once more.

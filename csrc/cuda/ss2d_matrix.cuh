@@ -221,13 +221,8 @@ struct MatrixForm {
         __syncwarp();
       }
       if constexpr (kOutput) {
-        const bool enters_piece = track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0 || q0 + kTile >= p.tokens
-                                                 : q0 % int{kCheckpoint} == 0;
-        if (p.saved_states != nullptr && enters_piece) {
-          const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
-          const int64_t piece = bases.mbk * p.pieces() + q0 / int{kCheckpoint};
-          store(p, seat, p.saved_states + piece * p.states * p.channels);
-        }
+        float* const saved = saved_state(p, seat, track.reversed, q0);
+        if (saved != nullptr) store(p, seat, saved);
       }
 
       // Tokens in the order of the path; the thread's are numbers 2t and 2t + 1. Those past the end change nothing.

@@ -178,13 +178,8 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
     }
 
     if constexpr (kOutput) {
-      const bool enters_piece =
-          track.reversed ? (q0 + kTile) % int{kCheckpoint} == 0 || q0 + kTile >= p.tokens : q0 % int{kCheckpoint} == 0;
-      if (p.saved_states != nullptr && enters_piece) {
-        const int64_t piece = bases.mbk * p.pieces() + q0 / int{kCheckpoint};
-        store_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, opaque(track.first_d) + seat.c,
-                            seat.lane, h);
-      }
+      float* const saved = saved_state(p, seat, track.reversed, q0);
+      if (saved != nullptr) store_state<NS, CH>(p, saved, opaque(track.first_d) + seat.c, seat.lane, h);
     }
 
     const int count = min(kTile, to - q0), first = descending ? count - 1 : 0;

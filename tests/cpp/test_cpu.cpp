@@ -13,6 +13,7 @@
 #include "diffmf/ss2d.h"
 
 using namespace diffmf;
+using cpu::kCheckpoint;
 
 namespace {
 
@@ -142,7 +143,7 @@ struct Naive {
 Naive naive_forward(const Case& c) {
   const SS2DProblem& p = c.problem;
   const int64_t M = p.modalities, B = p.batch, K = p.paths, D = p.channels, N = p.states, R = p.rank, L = p.tokens();
-  const int64_t width = proj_width(p), decays = p.decays(), pieces = p.pieces();
+  const int64_t width = proj_width(p), decays = p.decays(), pieces = p.pieces(kCheckpoint);
   Naive result;
   result.y.assign(M * B * L * D, 0);
   result.states.assign(M * B * K * pieces * N * D, 0);
@@ -225,7 +226,7 @@ struct Forward {
   Forward(const Case& c, int threads)
       : y(c.problem.dtype, pixels(c.problem) * c.problem.channels),
         states(parameter_type(c.problem), c.problem.modalities * c.problem.batch * c.problem.paths *
-                                              c.problem.pieces() * c.problem.states * c.problem.channels),
+                                              c.problem.pieces(kCheckpoint) * c.problem.states * c.problem.channels),
         last_state(parameter_type(c.problem),
                    c.problem.modalities * c.problem.batch * c.problem.paths * c.problem.states * c.problem.channels) {
     Inputs inputs(c);

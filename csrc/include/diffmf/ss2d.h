@@ -22,11 +22,17 @@ namespace diffmf {
 
 constexpr int kMaxPaths = 8;
 
-// Tokens between two saved states. Token q counts along a path's axis (rows: q = row * width + column, columns:
-// q = column * height + row) whatever the sense of the path, so piece i is tokens [64 i, 64 i + 64) of the axis and
-// its saved state is the one with which the path enters the piece: from below for paths 0 and 1, from above (the
-// highest q of the piece is scanned first) for the reversed paths 2 and 3.
+// Tokens between two states that the forward pass saves. Token q counts along a path's axis (rows: q = row * width +
+// column, columns: q = column * height + row) whatever the sense of the path, so with 64 tokens piece i is tokens
+// [64 i, 64 i + 64) of the axis and its saved state is the one with which the path enters the piece: from below for
+// paths 0 and 1, from above (the highest q of the piece is scanned first) for the reversed paths 2 and 3.
+namespace cpu {
 constexpr int64_t kCheckpoint = 64;
+}
+namespace cuda {
+// A single state is saved for every tile of the backward kernel, which then need not scan a piece to find them.
+constexpr int64_t checkpoint_of(int64_t states) { return states == 1 ? 8 : 64; }
+}  // namespace cuda
 
 enum class DType : int { f32, bf16, f16, f64 };                           // of x, proj, delta, y
 enum class Exchange : int { none, mutual, from_visible, from_infrared };  // modality 0 infrared, 1 visible
@@ -57,7 +63,7 @@ struct SS2DProblem {
   bool softplus;
 
   int64_t tokens() const { return height * width; }
-  int64_t pieces() const { return (tokens() + kCheckpoint - 1) / kCheckpoint; }
+  int64_t pieces(int64_t checkpoint) const { return (tokens() + checkpoint - 1) / checkpoint; }
   int64_t decays() const { return shared_decay ? 1 : states; }
   int64_t source(int64_t m) const { return source_of(exchange, static_cast<int>(m)); }
 };
