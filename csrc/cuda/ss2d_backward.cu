@@ -77,22 +77,37 @@ struct BackwardParams : Params {
   __device__ int low_pitch() const { return pitch - 2 * padded_states; }
 };
 
-// Constants in the default layout (four lanes a channel), so that the tokens of a tile are immediate offsets.
 constexpr int single_of(int channels) { return channels + 8; }
 constexpr int twin_of(int channels) { return 2 * channels + 8; }
-constexpr int kDefaultLanes = 4, kDefaultStates = 4, kDefaultChannels = kMaxThreads / kDefaultLanes * 2;
-// Layouts with several lanes a channel, of kDefaultStates states each, where a lane keeps the sums of its tokens of a
-// batch in registers.
-constexpr bool owns_tokens(int lanes) { return lanes > 1 && lanes <= kBatch; }
+// The lanes of a channel, kLanes, are known at compile time but for zero-order hold and more than kDefaultStates states
+// a thread: then kLanes is 0. Where a block has few channels these are constants too, so that the tokens of a tile are
+// immediate offsets.
+constexpr int kDefaultStates = 4;
+constexpr int known_channels(int lanes) { return lanes >= 4 ? kMaxThreads / lanes * 2 : 0; }
+// A lane keeps the sums of its tokens in registers.
+constexpr bool owns_tokens(int lanes) { return lanes > 1; }
+// Number i of the tokens of a tile that are a lane's; kTile or more where there is none. Up to kBatch lanes share a
+// batch of tokens; of more, those that share one token of each batch take one batch's each.
+template <int kLanes>
+__device__ inline int own_token(int lane, int i, int lanes) {
+  if constexpr (kLanes <= kBatch) {
+    return lane + i * lanes;
+  } else {
+    constexpr int kParts = kLanes / kBatch;
+    return lane % kParts * kBatch + lane / kParts;
+  }
+}
+// Of `tokens`, a lane's at most.
+constexpr int share_of(int tokens, int lanes) { return lanes == 0 ? tokens : lanes < tokens ? tokens / lanes : 1; }
 template <int kLanes>
 struct Spacing {
   int single, twin, bc;  // bc: of the rows of B and C
   __device__ explicit Spacing(const BackwardParams& p)
-      : single(kLanes == kDefaultLanes ? single_of(kDefaultChannels) : p.single),
-        twin(kLanes == kDefaultLanes ? twin_of(kDefaultChannels) : p.twin),
-        bc(owns_tokens(kLanes) ? 2 * kLanes * kDefaultStates : 2 * p.padded_states) {}
+      : single(known_channels(kLanes) > 0 ? single_of(known_channels(kLanes)) : p.single),
+        twin(known_channels(kLanes) > 0 ? twin_of(known_channels(kLanes)) : p.twin),
+        bc(kLanes > 0 ? 2 * kLanes * kDefaultStates : 2 * p.padded_states) {}
   // Slot t of a tile where its address shall not be hoisted out of a loop into registers.
-  __device__ static int slot(int t) { return kLanes == kDefaultLanes ? t : opaque(t); }
+  __device__ static int slot(int t) { return known_channels(kLanes) > 0 ? t : opaque(t); }
 };
 
 // What a walk reads of a token, and so stages.
@@ -260,7 +275,7 @@ struct Tile {
 template <Reads kReads, bool kZoh, bool kHalf, int CH, int kLanes>
 __device__ inline void compute_steps(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
                                      int q0, int buffer) {
-  constexpr int kTokens = tile_of(kReads), kShare = kTokens / (kLanes > 0 ? kLanes : 1);  // a lane's tokens, at most
+  constexpr int kTokens = tile_of(kReads), kShare = share_of(kTokens, kLanes);
   const Stage& stage = stage_of<kReads>(p);
   const Spacing<kLanes> spacing(p);
   const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
@@ -283,7 +298,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
   constexpr int kSide = kLanes == 0 ? 1 : kShare < 4 ? kShare : 4;
 #pragma unroll 1
   for (int i = 0; i < kShare; i += kSide) {
-    if (kLanes == 0 && first + i * lanes >= kTokens) break;
+    if ((kLanes == 0 || kLanes > kTokens) && first + i * lanes >= kTokens) break;
     float step[kSide][CH];
     if (p.rank > 0) {
 #pragma unroll
@@ -503,10 +518,25 @@ __device__ inline int sum_over_lanes(float (&v)[NV], int first, int last, int la
 constexpr int kBatchPad = 16;
 template <int NS, int kLanes>
 __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, int lane_id, float* to) {
-  static_assert(NS % 4 == 0, "pairs of states");
-  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, states = NS * lanes;
+  static_assert(NS % 4 == 0 && (kLanes == 0 || NS == kDefaultStates), "pairs of states");
   __syncwarp();
-  if constexpr (owns_tokens(kLanes)) {  // a pair for each lane of the warp, or every kParts-th of a pair's terms
+  if constexpr (kLanes > kBatch) {  // a lane takes four states of a token at a time
+#pragma unroll
+    for (int i = 0; i < kLanes * kBatch / 32; ++i) {
+      const int item = lane_id + 32 * i, t = item / kLanes, quad = item % kLanes;
+      const float* from = scratch + t * (32 * NS + kBatchPad) + quad * 4;
+      float sum[4];
+      read_floats<4>(from, sum);
+#pragma unroll
+      for (int group = 1; group < 32 / kLanes; ++group) {
+        float v[4];
+        read_floats<4>(from + group * NS * kLanes, v);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sum[n] += v[n];
+      }
+      write_floats<4>(to + t * p.pitch + quad * 4, sum);
+    }
+  } else if constexpr (kLanes > 0) {  // a pair for each lane of the warp, or every kParts-th of a pair's terms
     constexpr int kParts = kBatch / kLanes, kPairs = NS * kLanes / 2;
     const int t = lane_id / (kParts * kPairs), part = lane_id / kPairs % kParts, pair = lane_id % kPairs;
     const float* from = scratch + t * (32 * NS + kBatchPad) + part * NS * kLanes + pair * 2;
@@ -524,7 +554,7 @@ __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, 
     }
     if (part == 0) *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
   } else {
-    const int pair_shift = p.lane_shift + (NS == 8 ? 2 : 1);
+    const int lanes = p.state_lanes, states = NS * lanes, pair_shift = p.lane_shift + (NS == 8 ? 2 : 1);
 #pragma unroll 1
     for (int i = lane_id; i < kBatch * states / 2; i += 32) {
       const int t = i >> pair_shift, pair = i - (t << pair_shift);
@@ -716,7 +746,7 @@ __device__ inline void finish_sums(const BackwardParams& p, const float (&step)[
 }
 
 // Tokens of a tile whose sums a lane keeps.
-constexpr int own_tokens(int lanes) { return owns_tokens(lanes) ? kTile / lanes : 1; }
+constexpr int own_tokens(int lanes) { return owns_tokens(lanes) ? share_of(kTile, lanes) : 1; }
 
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
 // the sums over tokens of the parameter gradients.
@@ -725,18 +755,19 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
                                      const float (&own)[own_tokens(kLanes)][2 * CH]) {
   const Contribution part = walk.part;
   const Spacing<kLanes> spacing(p);
-  constexpr int kShare = kTile / (kLanes > 0 ? kLanes : 1);  // at most
+  constexpr int kShare = share_of(kTile, kLanes);
+  constexpr bool kAllHave = kLanes > 0 && kLanes <= kTile;  // every lane has as many tokens
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
   const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
-  const int first = opaque(place.lane);
+  const int first = opaque(own_token<kLanes>(place.lane, 0, lanes));
   const int exist = p.channels - walk.track.first_d - place.c;
   float draw[kShare][CH] = {}, dx[kShare][CH] = {}, skip[CH], dbias[CH], dskip[CH];
   int pixel[kShare];
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
-    pixel[i] = kLanes == 0 && t >= kTile ? -1 : tile.pixels[t];
+    pixel[i] = !kAllHave && t >= kTile ? -1 : tile.pixels[t];
   }
   if (p.half && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
     const int64_t at = walk.dx + place.c;
@@ -753,7 +784,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     const int t = first + i * lanes;
-    if (kLanes == 0 && t >= kTile) break;
+    if (!kAllHave && t >= kTile) break;
     const int at = t * spacing.single;
     float sum[2 * CH], x[CH], dy[CH];
     const float* const token = tile.tokens + t * spacing.twin + place.c * 2;
@@ -816,7 +847,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     }
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      if (kLanes == 0 && first + i * lanes >= kTile) break;
+      if (!kAllHave && first + i * lanes >= kTile) break;
       float value[2];
       read_floats<2>(values + i * lanes * p.low_pitch(), value);
 #pragma unroll
@@ -836,7 +867,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
 #pragma unroll
     for (int v = 0; v < 2 * kShare; ++v) {
       const int k = (base + v) / kShare, t = first + (base + v) % kShare * lanes;
-      if (v < held && lane_id < 2 * kShare * lanes && (kLanes > 0 || t < kTile)) warp_sums[t * p.pitch + k] = low[v];
+      if (v < held && lane_id < 2 * kShare * lanes && (kAllHave || t < kTile)) warp_sums[t * p.pitch + k] = low[v];
     }
   }
 }
@@ -887,13 +918,14 @@ struct StateSums {
 // 2 * CH] with kSumPitch values between tokens: lanes that read different tokens find them in different banks.
 template <int CH>
 constexpr int kSumPitch = 32 * 2 * CH + 4;
-template <int CH, int kLanes>
-__device__ inline void own_sums(const float* from, float (&sum)[2 * CH]) {
-  read_floats<2 * CH>(from, sum);
+// `first` is the first of them to take.
+template <int CH, int kCount>
+__device__ inline void own_sums(const float* from, int first, float (&sum)[2 * CH]) {
+  read_floats<2 * CH>(from + first * 2 * CH, sum);
 #pragma unroll
-  for (int i = 1; i < kLanes; ++i) {
+  for (int i = 1; i < kCount; ++i) {
     float v[2 * CH];
-    read_floats<2 * CH>(from + i * 2 * CH, v);
+    read_floats<2 * CH>(from + (i ^ first) * 2 * CH, v);
 #pragma unroll
     for (int c = 0; c < 2 * CH; ++c) sum[c] += v[c];
   }
@@ -970,8 +1002,7 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
                                              float (&own)[own_tokens(kLanes)][2 * CH],
                                              float (&da)[CH][kSharedDecay ? 1 : NS]) {
   constexpr bool kOwned = owns_tokens(kLanes);
-  static_assert(!kOwned || (kBatch % kLanes == 0 && kSumPitch<CH> <= WarpMemory<NS>::kPitch),
-                "as many tokens for each lane, in the same memory");
+  static_assert(!kOwned || kSumPitch<CH> <= WarpMemory<NS>::kPitch, "in the same memory");
   const Spacing<kLanes> spacing(p);
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
   StateSums<NS, kLanes> db_sums = {p, warp, 0};
@@ -1032,10 +1063,23 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
         for (int i = 0; i < kBatch; ++i)
           write_floats<2 * CH>(warp.scratch + i * kSumPitch<CH> + warp.lane_id * 2 * CH, batch_sums[i]);
         __syncwarp();
+        const float* const from = warp.scratch + (warp.lane_id - place.lane) * 2 * CH;
+        if constexpr (kLanes <= kBatch) {
 #pragma unroll
-        for (int i = 0; i < kBatch; i += kLanes)
-          own_sums<CH, kLanes>(warp.scratch + (place.lane + i) * kSumPitch<CH> + (warp.lane_id - place.lane) * 2 * CH,
-                               own[(j - j % kBatch + i) / kLanes]);
+          for (int i = 0; i < kBatch; i += kLanes)
+            own_sums<CH, kLanes>(from + (place.lane + i) * kSumPitch<CH>, 0, own[(j + i) / kLanes]);
+        } else {  // kParts lanes share a token; each adds as many lanes' values, from different banks
+          constexpr int kParts = kLanes / kBatch;
+          const int part = place.lane % kParts;
+          float part_sum[2 * CH];
+          own_sums<CH, kBatch>(from + place.lane / kParts * kSumPitch<CH> + part * kBatch * 2 * CH, part & 2, part_sum);
+#pragma unroll
+          for (int v = 0; v < 2 * CH; ++v) {
+#pragma unroll
+            for (int off = 1; off < kParts; off *= 2) part_sum[v] += __shfl_xor_sync(0xffffffffu, part_sum[v], off);
+            if (part == j / kBatch) own[0][v] = part_sum[v];
+          }
+        }
         __syncwarp();
       }
       continue;
@@ -1280,25 +1324,34 @@ using BackwardKernel = void (*)(BackwardParams);
 // kLanes of the kernel.
 int known_lanes(const SS2DProblem& problem, const Layout& layout) {
   if (problem.discretization != Discretization::euler) return 0;
-  if (layout.states_per_thread == 1) return 1;
-  const bool known = layout.states_per_thread == kDefaultStates && owns_tokens(layout.state_lanes);
-  return known ? layout.state_lanes : 0;
+  return layout.states_per_thread <= kDefaultStates ? layout.state_lanes : 0;
 }
 
 // Eight states of one channel only where 32 lanes of four do not suffice.
 template <bool kSharedDecay, bool kZoh>
 BackwardKernel kernel_with(const Layout& layout) {
   if (layout.states_per_thread == 8) return ss2d_backward_kernel<8, 1, 0, kSharedDecay, kZoh>;
-  if constexpr (!kZoh) {
-    if (layout.states_per_thread == 4 && layout.state_lanes == 4)
-      return ss2d_backward_kernel<4, 2, 4, kSharedDecay, kZoh>;
-    if (layout.states_per_thread == 4 && layout.state_lanes == 2)
-      return ss2d_backward_kernel<4, 2, 2, kSharedDecay, kZoh>;
+  if constexpr (kZoh) {
+    return ss2d_backward_kernel<4, 2, 0, kSharedDecay, true>;
+  } else {
+    if constexpr (!kSharedDecay) {
+      if (layout.states_per_thread == 1) return ss2d_backward_kernel<1, 2, 1, false, false>;
+    }
+    switch (layout.state_lanes) {
+      case 1:
+        return ss2d_backward_kernel<4, 2, 1, kSharedDecay, false>;
+      case 2:
+        return ss2d_backward_kernel<4, 2, 2, kSharedDecay, false>;
+      case 4:
+        return ss2d_backward_kernel<4, 2, 4, kSharedDecay, false>;
+      case 8:
+        return ss2d_backward_kernel<4, 2, 8, kSharedDecay, false>;
+      case 16:
+        return ss2d_backward_kernel<4, 2, 16, kSharedDecay, false>;
+      default:
+        return ss2d_backward_kernel<4, 2, 32, kSharedDecay, false>;
+    }
   }
-  if constexpr (!kZoh && !kSharedDecay) {
-    if (layout.states_per_thread == 1) return ss2d_backward_kernel<1, 2, 1, kSharedDecay, kZoh>;
-  }
-  return ss2d_backward_kernel<4, 2, 0, kSharedDecay, kZoh>;
 }
 BackwardKernel kernel_of(const SS2DProblem& problem, const Layout& layout) {
   const bool zoh = problem.discretization == Discretization::zoh;
@@ -1350,7 +1403,7 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
   const int channels = layout.block_channels, rank = static_cast<int>(problem.rank);
   const int lanes = known_lanes(problem, layout);
-  const int spaced = lanes == kDefaultLanes ? kDefaultChannels : channels;
+  const int spaced = known_channels(lanes) > 0 ? known_channels(lanes) : channels;
   params.single = single_of(spaced);
   params.twin = twin_of(spaced);
   SharedBytes shared;
