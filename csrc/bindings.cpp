@@ -130,7 +130,6 @@ PYBIND11_MODULE(_C, m) {
   using no_gil_t = py::call_guard<py::gil_scoped_release>;
   const no_gil_t no_gil;
   m.def("ss2d_forward_cpu", &cpu::ss2d_forward, no_gil);
-  m.def("ss2d_backward_parts_cpu", &cpu::ss2d_backward_parts);
   m.def("ss2d_backward_cpu", &cpu::ss2d_backward, no_gil);
   m.def(
       "cross_scan_cpu",
@@ -171,7 +170,6 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t stream) { cuda::ss2d_forward(problem, inputs, outputs, pointer(workspace), pointer(stream)); },
       no_gil);
   m.def("ss2d_backward_workspace_cuda", &cuda::ss2d_backward_workspace);
-  m.def("ss2d_backward_parts_cuda", &cuda::ss2d_backward_parts);
   m.def(
       "ss2d_backward_cuda",
       [](const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DGradients& gradients, uintptr_t workspace,

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import backend
+from .dispatch import PLAIN
+
+_passed: set[tuple] = set()  # by check_once
+
+
+def check_once(check: Callable, *arguments) -> None:
+    """check(*arguments), unless it has passed for such tensors (shapes, dtypes, devices) and equal other arguments.
+
+    A thorough check takes longer than the launch of a kernel.
+    """
+    described = [(a.shape, a.dtype, a.device) if type(a) in PLAIN else a for a in arguments]
+    if torch.compiler.is_compiling() or any(isinstance(a, torch.Tensor) for a in described):
+        return check(*arguments)
+    key = (check, *described)
+    try:
+        passed = key in _passed
+    except TypeError:  # an argument that cannot be hashed, of a type that no check expects; or a symbolic size
+        return check(*arguments)
+    if not passed:
+        check(*arguments)
+        if len(_passed) >= 4096:
+            _passed.clear()
+        _passed.add(key)
 
 
 def check_rank(name: str, tensor: torch.Tensor, ranks: tuple[int, ...], layout: str) -> None:

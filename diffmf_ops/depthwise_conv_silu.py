@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backend, scan
-from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
+from .checks import check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
 from .dispatch import Operator, autocast_dtype
 
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -35,11 +35,8 @@ def depthwise_conv_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     if dtype is not None:
         x = x.to(dtype)
         weight, bias = weight.float(), None if bias is None else bias.float()
-    _check_arguments(x, weight, bias)
-    if x.dim() == 5:
-        return _depthwise_conv_silu(x, weight, bias)
-    y = _depthwise_conv_silu(x.unsqueeze(0), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0))
-    return y.squeeze(0)
+    check_once(_check_arguments, x, weight, bias)
+    return _depthwise_conv_silu(x, weight, bias)
 
 
 def _check_arguments(x, weight, bias) -> None:
@@ -72,17 +69,18 @@ class _Call:
         c = backend.module()
         self.x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         self.parameters = [None if t is None else t.contiguous() for t in (weight, bias)]
-        self.problem = c.DepthwiseConvProblem(scan.kernel_dtype(x.dtype), tuple(x.shape), weight.shape[-1])
+        one = x.dim() == 4  # no axis of modalities
+        sizes = (*((1,) if one else ()), *x.shape)
+        self.problem = c.DepthwiseConvProblem(scan.kernel_dtype(x.dtype), sizes, weight.shape[-1])
         self.inputs = c.DepthwiseConvInputs(
             self.x.data_ptr(),
-            (*self.x.stride()[:4], 0),
+            (*((0,) if one else ()), *self.x.stride()[:-1], 0),
             *(0 if t is None else t.data_ptr() for t in self.parameters),
         )
 
 
 @Operator
 def _depthwise_conv_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The operator with an M axis on every tensor."""
     y = x.new_empty(x.shape)
     if y.numel() > 0:
         call = _Call(x, weight, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backend, scan
-from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
+from .checks import check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
 from .dispatch import Operator, autocast_dtype
 
 
@@ -35,11 +35,8 @@ def norm_gate(
         check_rank("z", z, (4, 5), "the shape of y")
     if autocast_dtype(y) is not None:
         weight, bias, z = weight.float(), bias.float(), None if z is None else z.to(y.dtype)
-    _check_arguments(y, weight, bias, z)
-    if y.dim() == 5:
-        return _norm_gate(y, weight, bias, z, eps)
-    tensors = (None if t is None else t.unsqueeze(0) for t in (y, weight, bias, z))
-    return _norm_gate(*tensors, eps).squeeze(0)
+    check_once(_check_arguments, y, weight, bias, z)
+    return _norm_gate(y, weight, bias, z, eps)
 
 
 def _check_arguments(y, weight, bias, z) -> None:
@@ -61,8 +58,9 @@ def _check_arguments(y, weight, bias, z) -> None:
 
 def _pixels(tensor):
     """(tensor, stride of a modality, stride of a pixel), copied unless all pixels of a modality are equally spaced."""
-    modality, batch, row, column, channel = tensor.stride()
-    _, items, height, width, channels = tensor.shape
+    modality = tensor.stride(0) if tensor.dim() == 5 else 0
+    batch, row, column, channel = tensor.stride()[-4:]
+    items, height, width, channels = tensor.shape[-4:]
     # From the innermost axis with several entries outwards, each must continue the one inside.
     spacing, expected = None, None
     even = channel == 1 or channels == 1
@@ -74,7 +72,7 @@ def _pixels(tensor):
             expected = stride * count
     if not even:
         tensor = tensor.contiguous()
-        return tensor, tensor.stride(0), channels
+        return tensor, items * height * width * channels, channels
     return tensor, modality, channels if spacing is None else spacing
 
 
@@ -85,7 +83,8 @@ class _Call:
         c = backend.module()
         self.tensors = [_pixels(y), (None, 0, 0) if z is None else _pixels(z)]
         self.parameters = [weight.contiguous(), bias.contiguous()]
-        sizes = (y.shape[0], y.shape[1] * y.shape[2] * y.shape[3], y.shape[4])
+        batch, height, width, channels = y.shape[-4:]
+        sizes = (y.shape[0] if y.dim() == 5 else 1, batch * height * width, channels)
         self.problem = c.NormGateProblem(scan.kernel_dtype(y.dtype), sizes, eps)
         self.inputs = c.NormGateInputs(
             *(v for t, *strides in self.tensors for v in (0 if t is None else t.data_ptr(), tuple(strides))),
@@ -97,7 +96,6 @@ class _Call:
 def _norm_gate(
     y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, z: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """The operator with an M axis on every tensor."""
     out = y.new_empty(y.shape)
     if out.numel() > 0:
         call = _Call(y, weight, bias, z, eps)

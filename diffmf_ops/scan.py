@@ -51,13 +51,14 @@ def _problem(dtype, sizes, form, shared_decay):
     )
 
 
-def _addressable(tensor):
-    """The tensor (M, B, H, W, ..., C), copied unless channels are contiguous and an image's pixels equally spaced."""
+def _addressable(tensor, lead):
+    """The tensor ([M,] B, H, W, ..., C), copied unless channels are contiguous and an image's pixels equally spaced."""
     if tensor is None:
         return None
-    height, width = tensor.shape[2:4]
-    channels = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    pixels = height == 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
+    shape, stride = tensor.shape, tensor.stride()
+    height, width = shape[lead + 1], shape[lead + 2]
+    channels = stride[-1] == 1 or shape[-1] == 1
+    pixels = height == 1 or width == 1 or stride[lead + 1] == width * stride[lead + 2]
     return tensor if channels and pixels else tensor.contiguous()
 
 
@@ -65,21 +66,28 @@ def _address(tensor) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _strides(tensor, per_path: bool):
+def _strides(tensor, lead, per_path: bool):
     if tensor is None:
         return (0,) * 5
-    return (*tensor.stride()[:4], tensor.stride(4) if per_path else 0)
+    stride = tensor.stride() if lead else (0, *tensor.stride())
+    return (*stride[:4], stride[4] if per_path else 0)
+
+
+def _lead(proj) -> int:
+    """Axes before that of the batch: 1 where there is one of modalities (or of groups), else 0."""
+    return proj.dim() - 5
 
 
 def _sizes(x, proj, rank):
-    return (*x.shape[:4], x.shape[-1], (proj.shape[-1] - rank) // 2, rank)
+    lead = _lead(proj)
+    return (*((1,) if lead == 0 else ()), *x.shape[: lead + 3], x.shape[-1], (proj.shape[-1] - rank) // 2, rank)
 
 
 def states_shape(x, proj, rank) -> tuple[int, ...]:
     """Shape of the states saved for the backward pass: (M, B, K, pieces, N, D), as many pieces as x's device wants."""
     modalities, batch, height, width, channels, states, _ = _sizes(x, proj, rank)
     pieces = -(-height * width // backend.module().checkpoint_of(x.device.type == "cuda", states))
-    return (modalities, batch, proj.shape[4], pieces, states, channels)
+    return (modalities, batch, proj.shape[-2], pieces, states, channels)
 
 
 class _Call:
@@ -87,27 +95,32 @@ class _Call:
 
     def __init__(self, form, x, proj, delta, dt_weight, dt_bias, A, D):
         self.rank = 0 if dt_weight is None else dt_weight.shape[-1]
-        self.per_path = x.dim() == 6
-        self.x, self.proj, self.delta = (_addressable(t) for t in (x, proj, delta))
+        lead = _lead(proj)
+        self.per_path = x.dim() == lead + 5
+        self.x, self.proj, self.delta = (_addressable(t, lead) for t in (x, proj, delta))
         self.parameters = [None if t is None else t.contiguous() for t in (dt_weight, dt_bias, A, D)]
         self.problem = _problem(x.dtype, _sizes(x, proj, self.rank), form, A.shape[-1] == 1)
         self.inputs = backend.module().SS2DInputs(
             _address(self.x),
-            _strides(self.x, self.per_path),
+            _strides(self.x, lead, self.per_path),
             _address(self.proj),
-            _strides(self.proj, True),
+            _strides(self.proj, lead, True),
             _address(self.delta),
-            _strides(self.delta, True),
+            _strides(self.delta, lead, True),
             *map(_address, self.parameters),
         )
 
 
 def forward(form, x, proj, delta, dt_weight, dt_bias, A, D, *, save_states=False, last_state=False):
-    """Returns y (M, B, H, W, D), the saved states and the last state (M, B, K, N, D); empty where not wanted."""
+    """Returns y ([M,] B, H, W, D), the saved states and the last state (M, B, K, N, D); empty where not wanted.
+
+    The tensors have the shapes of `ss2d`, all with an axis M or none; delta ([M,] B, H, W, K, D) takes the place of
+    dt_weight and the low-rank part of proj where dt_weight is None.
+    """
     rank = 0 if dt_weight is None else dt_weight.shape[-1]
     shape = states_shape(x, proj, rank)
     state = {"dtype": parameter_dtype(x.dtype), "device": x.device}
-    y = x.new_empty((*x.shape[:4], x.shape[-1]))
+    y = x.new_empty((*x.shape[: _lead(proj) + 3], x.shape[-1]))
     states = torch.empty(shape if save_states else (0,), **state)
     last = torch.empty((*shape[:3], *shape[4:]) if last_state else (0,), **state)
     if y.numel() > 0:
@@ -121,19 +134,12 @@ def forward(form, x, proj, delta, dt_weight, dt_bias, A, D, *, save_states=False
 
 def backward(form, dy, states, x, proj, delta, dt_weight, dt_bias, A, D):
     """Returns the gradients of x, proj, delta, dt_weight, dt_bias, A and D; None for an absent input."""
-    inputs = (x, proj, delta)
-    parameters = (dt_weight, dt_bias, A, D)
-    dx, dproj, ddelta = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+    inputs = (x, proj, delta, dt_weight, dt_bias, A, D)
     if dy.numel() == 0:
-        return dx, dproj, ddelta, *(None if t is None else torch.zeros_like(t) for t in parameters)
-    call = _Call(form, x, proj, delta, dt_weight, dt_bias, A, D)
+        return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
+    gradients = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
+    call = _Call(form, *inputs)
     dy = dy.contiguous()
-    device = x.device
-    with backend.on(device):
-        parts = getattr(backend.module(), f"ss2d_backward_parts_{device.type}")(call.problem)
-    sums = [None if t is None else torch.empty((parts, *t.shape), dtype=t.dtype, device=t.device) for t in parameters]
-    gradients = backend.module().SS2DGradients(
-        _address(dy), _address(states), call.per_path, *map(_address, (dx, dproj, ddelta)), *map(_address, sums)
-    )
-    backend.run("ss2d_backward", device, call.problem, call.inputs, gradients)
-    return dx, dproj, ddelta, *(None if t is None else t.sum(0) for t in sums)
+    arguments = backend.module().SS2DGradients(_address(dy), _address(states), call.per_path, *map(_address, gradients))
+    backend.run("ss2d_backward", x.device, call.problem, call.inputs, arguments)
+    return tuple(gradients)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from . import scan
-from .checks import check_activation, check_device, check_dtype, check_range, check_rank, check_shape
-from .dispatch import Operator, autocast_dtype
+from .checks import check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
+from .dispatch import Operator, autocast_dtype, wants_gradient
 
 
 def selective_scan(
@@ -47,11 +47,10 @@ def selective_scan(
     if dtype is not None:
         u, delta, B, C, z = (None if t is None else t.to(dtype) for t in (u, delta, B, C, z))
         A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
-    check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    check_once(check_arguments, u, delta, A, B, C, D, z, delta_bias)
     B, C = _grouped(B, C, u)
     tensors = (u, delta, A, B, C, D, delta_bias)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, last_state, _ = _selective_scan(*tensors, delta_softplus, return_last_state, save_states)
+    y, last_state, _ = _selective_scan(*tensors, delta_softplus, return_last_state, wants_gradient(tensors))
     if z is not None:
         y = y * F.silu(z)
     return (y, last_state.detach()) if return_last_state else y

@@ -12,12 +12,13 @@ from .checks import (
     check_choice,
     check_device,
     check_dtype,
+    check_once,
     check_paths,
     check_range,
     check_rank,
     check_shape,
 )
-from .dispatch import Operator, autocast_dtype
+from .dispatch import Operator, autocast_dtype, wants_gradient
 from .reference import EXCHANGES
 
 DISCRETIZATIONS = ("euler", "zoh")
@@ -73,14 +74,10 @@ def ss2d(
         dt_weight, dt_bias, A = dt_weight.float(), dt_bias.float(), A.float()
         D = None if D is None else D.float()
     paths = check_paths(paths)
-    check_arguments(x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization)
+    check_once(check_arguments, x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
-    two = dt_weight.dim() == 4
-    if not two:
-        tensors = tuple(None if t is None else t.unsqueeze(0) for t in tensors)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = _ss2d(*tensors, paths, exchange, discretization, save_states)
-    return y if two else y.squeeze(0)
+    y, _ = _ss2d(*tensors, paths, exchange, discretization, wants_gradient(tensors))
+    return y
 
 
 def check_arguments(x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization) -> None:
@@ -143,14 +140,14 @@ def _ss2d(
     discretization: str,
     save_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the states for the backward pass (empty unless save_states); every tensor with its M axis."""
+    """y and the states for the backward pass (empty unless save_states)."""
     form = scan.Form(tuple(paths), exchange, discretization)
     return scan.forward(form, x, proj, None, dt_weight, dt_bias, A, D, save_states=save_states)[:2]
 
 
 @_ss2d.register_fake
 def _(x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization, save_states):
-    y = x.new_empty((*x.shape[:4], x.shape[-1]))
+    y = x.new_empty((*x.shape[: proj.dim() - 2], x.shape[-1]))
     shape = scan.states_shape(x, proj, dt_weight.shape[-1]) if save_states else (0,)
     return y, x.new_empty(shape, dtype=scan.parameter_dtype(x.dtype))
 

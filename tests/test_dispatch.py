@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmf_ops import cross_scan, depthwise_conv_silu
+from diffmf_ops.checks import check_once
 from diffmf_ops.depthwise_conv_silu import _depthwise_conv_silu
 
 
@@ -46,3 +48,25 @@ def test_tensor_subclasses_see_the_operators():
     with torch._subclasses.FakeTensorMode():
         x, weight, bias = inputs()
         assert depthwise_conv_silu(x, weight, bias).shape == x.shape
+
+
+def test_arguments_that_passed_a_check_pass_it_again_without_it():
+    checked = []
+
+    def check(tensor, limit):
+        checked.append((tensor, limit))
+        if len(tensor) > limit:
+            raise ValueError("tensor: too long")
+
+    for tensor in (torch.zeros(3), torch.ones(3), torch.zeros(3, requires_grad=True)):
+        check_once(check, tensor, 4)
+    assert len(checked) == 1
+    for tensor in (torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(3, device="meta")):
+        check_once(check, tensor, 4)
+    check_once(check, torch.zeros(3), 5)
+    assert len(checked) == 5
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            check_once(check, torch.zeros(3), 2)
+        check_once(check, [0, 0, 0], 4)  # no key for a list
+    assert len(checked) == 9

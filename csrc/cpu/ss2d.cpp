@@ -334,11 +334,11 @@ void store_dproj(const Plan<Real>& plan, const SS2DGradients& gradients, const R
   store(p.rank, 2 * p.states);
 }
 
-// One scan's sums [parameter_rows][kLanes] to its batch item's part of the parameter gradients.
+// The sums [parameter_rows][kLanes] of one scan of every batch item to the parameter gradients.
 template <class Real>
 void store_parameters(const Plan<Real>& plan, const SS2DGradients& gradients, const ScanId& id, const double* sums) {
   const SS2DProblem& p = plan.problem;
-  const int64_t channel = ((id.b * p.modalities + id.m) * p.paths + id.k) * p.channels + id.block * kLanes;
+  const int64_t channel = (id.m * p.paths + id.k) * p.channels + id.block * kLanes;
   const auto store = [&](void* tensor, int64_t count) {
     if (tensor) {
       Real* target = static_cast<Real*>(tensor) + channel * count;
@@ -363,6 +363,7 @@ void backward(const SS2DProblem& p, const SS2DInputs& in, const SS2DGradients& o
   const int64_t workspace_size = plan.kernels.backward_workspace(static_cast<int>(p.states), static_cast<int>(p.rank));
   const Buffer<Real> carry = allocate<Real>(plan.wave_scans * state_size);
   const Buffer<double> parameters = allocate<double>(plan.wave_scans * parameter_size);
+  std::vector<double> parameter_sums(plan.item_scans * parameter_size);  // of all batch items
   const Buffer<Real> dx_slots = allocate<Real>(plan.wave_scans * plan.slots() * kLanes);
   const Buffer<Real> ddelta_slots = allocate<Real>(plan.wave_scans * plan.slots() * delta_width);
   const Buffer<Real> dproj_slots = allocate<Real>(plan.wave_scans * plan.slots() * width);
@@ -409,9 +410,10 @@ void backward(const SS2DProblem& p, const SS2DInputs& in, const SS2DGradients& o
       });
     }
     if (dx) dx->end(team, items);
-    for (int64_t i = 0; i < scans; ++i) {
-      store_parameters(plan, out, plan.scan_id(first_item, i), parameters.get() + i * parameter_size);
-    }
+    for (int64_t i = 0; i < scans * parameter_size; ++i) parameter_sums[i % parameter_sums.size()] += parameters[i];
+  }
+  for (int64_t i = 0; i < plan.item_scans; ++i) {
+    store_parameters(plan, out, plan.scan_id(0, i), parameter_sums.data() + i * parameter_size);
   }
 }
 
@@ -422,9 +424,6 @@ void ss2d_forward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS
   problem.dtype == DType::f64 ? forward<double>(problem, inputs, outputs, threads)
                               : forward<float>(problem, inputs, outputs, threads);
 }
-
-// One part per batch item.
-int64_t ss2d_backward_parts(const SS2DProblem& problem) { return problem.batch; }
 
 void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DGradients& gradients, int threads) {
   if (problem.batch == 0) return;

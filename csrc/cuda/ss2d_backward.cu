@@ -13,7 +13,7 @@
 // channels of its chunk in turn. Where one modality's B and C serve both (Exchange::from_*), it takes both modalities
 // too, so that every element of dproj has one writer and every run gives the same bits. The paths of an axis follow one
 // another in the block that owns the chunk, the column paths behind a grid barrier, so dx is summed in a fixed order
-// too. Parameter gradients leave as one partial sum per (batch item, chunk).
+// too. Parameter gradients leave as one partial sum per (batch item, chunk); at the end the grid adds these up.
 //
 // Where that leaves too few tasks for the device, the blocks of channels of a chunk are split over several tasks, or
 // the paths become tasks of their own, or both. Each split then writes to a copy of dproj of its own, and each path to
@@ -47,16 +47,19 @@ struct BackwardParams : Params {
   Activation dy;              // [M, B, L, D]
   const float* saved_states;  // [M, B, K, pieces, N, D]
   bool x_per_path;
-  bool shared_source;    // Exchange::from_*: both modalities read one modality's B and C
-  void* dx;              // [M, B, L, (K,) D]
-  float* dx_sum;         // like dx while paths are still missing, [K] copies if apart; else dx itself when it is float
-  void* dproj;           // [M, B, L, K, R + 2N]
-  float* dproj_sum;      // like dproj while contributions are still missing, [splits] copies; if one and float, dproj
-  void* ddelta;          // [M, B, L, K, D] or null
-  float* ddt_weight;     // [parts, M, K, D, R]
-  float* ddt_bias;       // [parts, M, K, D] or null
-  float* da;             // [parts, M, K, D, N or 1]
-  float* dd;             // [parts, M, K, D] or null
+  bool shared_source;  // Exchange::from_*: both modalities read one modality's B and C
+  void* dx;            // [M, B, L, (K,) D]
+  float* dx_sum;       // like dx while paths are still missing, [K] copies if apart; else dx itself when it is float
+  void* dproj;         // [M, B, L, K, R + 2N]
+  float* dproj_sum;    // like dproj while contributions are still missing, [splits] copies; if one and float, dproj
+  void* ddelta;        // [M, B, L, K, D] or null
+  float* da;           // [M, K, D, N or 1]
+  float* ddt_weight;   // [M, K, D, R]
+  float* ddt_bias;     // [M, K, D] or null
+  float* dd;           // [M, K, D] or null
+  // What each chunk adds to the four, in this order, all of a (batch item, chunk) together: `part` floats.
+  float* parts;
+  int64_t part, weights_at, bias_at, skip_at;
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
   int images;            // (modality, batch item); batch items where a source is shared
@@ -1108,8 +1111,8 @@ __device__ inline void write_parameters(const BackwardParams& p, const Place& pl
   const Track track = walk.track;
   const int d = track.first_d + place.c;
   const float* const sums = reinterpret_cast<const float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
-  const int64_t parameters = int64_t{p.modalities} * p.paths * p.channels;
-  const int64_t mkd = (int64_t{track.b} * p.chunks + walk.chunk) * parameters + track.mk(p) * p.channels + d;
+  const int64_t mkd = track.mk(p) * p.channels + d;
+  float* const part = p.parts + (int64_t{track.b} * p.chunks + walk.chunk) * p.part;
   auto over_lanes = [&](float v) {
     for (int off = 1; off < p.state_lanes; off *= 2) v += __shfl_xor_sync(0xffffffffu, v, off);
     return v;
@@ -1120,17 +1123,19 @@ __device__ inline void write_parameters(const BackwardParams& p, const Place& pl
 #pragma unroll 1
     for (int row = 0; row < kWeightRows + p.rank; ++row) {
       const float sum = over_lanes(sums[row * blockDim.x * CH + c]);
-      float* const to = row == kBiasRow ? p.ddt_bias : row == kSkipRow ? p.dd : p.ddt_weight + row - kWeightRows;
-      if (writes && to != nullptr) to[(mkd + c) * (row < kWeightRows ? 1 : p.rank)] = sum;
+      const int64_t at = row == kBiasRow   ? p.bias_at + mkd + c
+                         : row == kSkipRow ? p.skip_at + mkd + c
+                                           : p.weights_at + (mkd + c) * p.rank + row - kWeightRows;
+      if (writes) part[at] = sum;
     }
     if constexpr (kSharedDecay) {
       const float sum = over_lanes(da[c][0]);
-      if (writes) p.da[mkd + c] = sum;
+      if (writes) part[mkd + c] = sum;
     } else {
 #pragma unroll
       for (int j = 0; j < NS; ++j) {
         const int n = place.lane * NS + j;
-        if (exists && n < p.states) p.da[(mkd + c) * p.states + n] = da[c][j];
+        if (exists && n < p.states) part[(mkd + c) * p.states + n] = da[c][j];
       }
     }
   }
@@ -1213,6 +1218,46 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
   write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
 }
 
+// The parameter gradients from their parts. One grid's work; `scratch` holds a float a thread.
+__device__ inline void add_parts(const BackwardParams& p, float* scratch) {
+  constexpr int kTogether = 16;  // loads in flight
+  // A block adds up `across` neighbouring values at a time, each by as many threads, or runs of parts, as the grid has.
+  const int threads = static_cast<int>(blockDim.x);
+  int runs = threads / 16;
+  while (runs > 1 && p.part * runs > int64_t{gridDim.x} * threads) runs /= 2;
+  const int across = threads / runs, run = static_cast<int>(threadIdx.x) / across;
+  const int place = static_cast<int>(threadIdx.x) % across, parts = p.batch * p.chunks;
+  const int length = (parts + runs - 1) / runs;
+  for (int64_t first = int64_t{blockIdx.x} * across; first < p.part; first += int64_t{gridDim.x} * across) {
+    const int64_t i = first + place;
+    const int last = i < p.part && run < runs ? min((run + 1) * length, parts) : 0;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int at = run * length; at < last; at += kTogether) {
+      float v[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) v[j] = at + j < last ? __ldcg(p.parts + (at + j) * p.part + i) : 0.f;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) sum += v[j];
+    }
+    scratch[threadIdx.x] = sum;
+    __syncthreads();
+    if (run == 0 && i < p.part) {
+      for (int other = 1; other < runs; ++other) sum += scratch[other * across + place];
+      if (i < p.weights_at) {
+        p.da[i] = sum;
+      } else if (i < p.bias_at) {
+        p.ddt_weight[i - p.weights_at] = sum;
+      } else if (i < p.skip_at) {
+        if (p.ddt_bias != nullptr) p.ddt_bias[i - p.bias_at] = sum;
+      } else if (p.dd != nullptr) {
+        p.dd[i - p.skip_at] = sum;
+      }
+    }
+    __syncthreads();
+  }
+}
+
 // The sum of `copies` arrays of `count` floats, `stride` apart, in the type of the activations. One grid's work.
 __device__ inline void add_copies(const BackwardParams& p, void* to, const float* from, int copies, int64_t stride,
                                   int64_t count) {
@@ -1284,7 +1329,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
 #pragma unroll 1
   for (int i = 0;; ++i) {
     const bool done = i == p.rounds;
-    if (done ? p.splits > 1 || p.dx_apart : i == p.row_paths && i > 0) cooperative_groups::this_grid().sync();
+    if (done || (i == p.row_paths && i > 0)) cooperative_groups::this_grid().sync();
     if (done) break;
     // One number for the task and its turn: registers are short.
 #pragma unroll 1
@@ -1314,6 +1359,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       at = walk.next;
     }
   }
+  add_parts(p, reinterpret_cast<float*>(shared_base));
   const int64_t tokens = int64_t{p.modalities} * p.batch * p.tokens;
   if (p.splits > 1) add_copies(p, p.dproj, p.dproj_sum, p.splits, p.dproj_copy, tokens * p.paths * p.row());
   if (p.dx_apart) add_copies(p, p.dx, p.dx_sum, p.paths, p.dx_copy, tokens * p.channels);
@@ -1438,7 +1484,13 @@ struct BackwardPlan : Plan {
   bool all_paths;         // at once; else one after another
   int64_t cost;           // roughly, in steps of a block
   int64_t dproj_copy = 0, dx_copy = 0;
+  size_t parts_at;
 };
+
+// Parameter gradients of a chunk.
+int64_t part_of(const SS2DProblem& problem) {
+  return problem.modalities * problem.paths * problem.channels * (problem.decays() + problem.rank + kWeightRows);
+}
 
 BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t resident, int64_t splits,
                        bool all_paths) {
@@ -1456,6 +1508,7 @@ BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t
               (5 * ceil_div(plan.tasks, resident) * plan.share * per_task * (problem.paths / at_once) +
                2 * ceil_div(summaries, resident));
   plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, std::max(plan.tasks, summaries)));
+  plan.parts_at = plan.reserve(problem.batch * plan.chunks * part_of(problem));
   const bool is_float = problem.dtype == DType::f32;
   const int64_t tokens = problem.modalities * problem.batch * problem.tokens(), dx = tokens * problem.channels;
   const int64_t dproj = tokens * problem.paths * (problem.rank + 2 * problem.states);
@@ -1504,11 +1557,6 @@ size_t ss2d_backward_workspace(const SS2DProblem& problem) {
   return plan_of(problem, params).workspace_floats * sizeof(float);
 }
 
-int64_t ss2d_backward_parts(const SS2DProblem& problem) {
-  BackwardParams params{};
-  return problem.batch * plan_of(problem, params).chunks;
-}
-
 void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS2DGradients& gradients,
                    void* workspace, void* stream) {
   BackwardParams params{};
@@ -1544,6 +1592,12 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   params.ddt_bias = static_cast<float*>(gradients.ddt_bias);
   params.da = static_cast<float*>(gradients.da);
   params.dd = static_cast<float*>(gradients.dd);
+  const int64_t per_channel = problem.modalities * problem.paths * problem.channels;
+  params.parts = floats + plan.parts_at;
+  params.part = part_of(problem);
+  params.weights_at = per_channel * problem.decays();
+  params.bias_at = params.weights_at + per_channel * problem.rank;
+  params.skip_at = params.bias_at + per_channel;
   int filled = 0;
   for (int axis = 0; axis < 2; ++axis) {
     for (int k = 0; k < problem.paths; ++k)

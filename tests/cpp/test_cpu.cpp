@@ -234,29 +234,22 @@ struct Forward {
   }
 };
 
-// The gradients by tensor, the parts of the parameters' added up.
+// The gradients by tensor.
 struct Backward {
   std::vector<Tensor> raw;
   Values gradients[kTensors];
 
   Backward(const Case& c, Forward& forward, int threads) {
     const SS2DProblem& p = c.problem;
-    const int64_t parts = cpu::ss2d_backward_parts(p);
-    for (int i = 0; i < kTensors; ++i) {
-      const int64_t count = static_cast<int64_t>(c.tensors[i].size());
-      raw.emplace_back(i <= kDelta ? p.dtype : parameter_type(p), i <= kDelta ? count : parts * count);
-    }
+    for (int i = 0; i < kTensors; ++i)
+      raw.emplace_back(i <= kDelta ? p.dtype : parameter_type(p), static_cast<int64_t>(c.tensors[i].size()));
     Inputs inputs(c);
     Tensor dy(p.dtype, c.dy);
     SS2DGradients arguments{dy.data(),         forward.states.data(), c.x_per_path,          raw[kX].data(),
                             raw[kProj].data(), raw[kDelta].data(),    raw[kDtWeight].data(), raw[kDtBias].data(),
                             raw[kA].data(),    raw[kD].data()};
     cpu::ss2d_backward(p, inputs.arguments, arguments, threads);
-    for (int i = 0; i < kTensors; ++i) {
-      const Values values = raw[i].values();
-      gradients[i].assign(c.tensors[i].size(), 0);
-      for (size_t j = 0; j < values.size(); ++j) gradients[i][j % gradients[i].size()] += values[j];
-    }
+    for (int i = 0; i < kTensors; ++i) gradients[i] = raw[i].values();
   }
 };
 

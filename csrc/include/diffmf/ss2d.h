@@ -93,8 +93,7 @@ struct SS2DOutputs {
   void* last_state;  // [M, B, K, N, D], float: the state after the last token; null: not wanted
 };
 
-// Gradients. x and proj: contiguous, in the layout of the inputs (with a K axis on dx iff x_strides.path != 0 or
-// x_per_path). The parameter gradients come as `parts` partial sums to be added along the first axis.
+// Gradients, contiguous, in the layout of the inputs (with a K axis on dx iff x_strides.path != 0 or x_per_path).
 struct SS2DGradients {
   const void* dy;      // [M, B, H, W, D] contiguous, dtype
   const void* states;  // as saved by the forward pass
@@ -102,16 +101,15 @@ struct SS2DGradients {
   void* dx;            // [M, B, H, W, (K,) D], dtype
   void* dproj;         // [M, B, H, W, K, R + 2N], dtype
   void* ddelta;        // [M, B, H, W, K, D], dtype; null unless rank == 0
-  void* ddt_weight;    // [parts, M, K, D, R], float; null when rank == 0
-  void* ddt_bias;      // [parts, M, K, D], float; null when dt_bias is null
-  void* da;            // [parts, M, K, D, N or 1], float
-  void* dd;            // [parts, M, K, D], float; null when d is null
+  void* ddt_weight;    // [M, K, D, R], float; null when rank == 0
+  void* ddt_bias;      // [M, K, D], float; null when dt_bias is null
+  void* da;            // [M, K, D, N or 1], float
+  void* dd;            // [M, K, D], float; null when d is null
 };
 
 namespace cpu {
 // Both run on `threads` threads and give the same bits for any number of them.
 void ss2d_forward(const SS2DProblem&, const SS2DInputs&, const SS2DOutputs&, int threads);
-int64_t ss2d_backward_parts(const SS2DProblem&);
 void ss2d_backward(const SS2DProblem&, const SS2DInputs&, const SS2DGradients&, int threads);
 }  // namespace cpu
 
@@ -121,7 +119,6 @@ namespace cuda {
 size_t ss2d_forward_workspace(const SS2DProblem&);
 void ss2d_forward(const SS2DProblem&, const SS2DInputs&, const SS2DOutputs&, void* workspace, void* stream);
 size_t ss2d_backward_workspace(const SS2DProblem&);
-int64_t ss2d_backward_parts(const SS2DProblem&);
 void ss2d_backward(const SS2DProblem&, const SS2DInputs&, const SS2DGradients&, void* workspace, void* stream);
 }  // namespace cuda
 
