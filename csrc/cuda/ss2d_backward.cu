@@ -57,9 +57,10 @@ struct BackwardParams : Params {
   float* ddt_weight;   // [M, K, D, R]
   float* ddt_bias;     // [M, K, D] or null
   float* dd;           // [M, K, D] or null
-  // What each chunk adds to the four, in this order, all of a (batch item, chunk) together: `part` floats.
+  // What each chunk adds to the four, in this order, all of a (batch item, chunk) together: `part` floats, of which
+  // `used` are not padding.
   float* parts;
-  int64_t part, weights_at, bias_at, skip_at;
+  int64_t part, used, weights_at, bias_at, skip_at;
   int order[kMaxPaths];  // the paths sorted by axis: row paths first
   int row_paths;         // how many of them run along rows
   int images;            // (modality, batch item); batch items where a source is shared
@@ -1113,6 +1114,7 @@ __device__ inline void write_parameters(const BackwardParams& p, const Place& pl
   const float* const sums = reinterpret_cast<const float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
   const int64_t mkd = track.mk(p) * p.channels + d;
   float* const part = p.parts + (int64_t{track.b} * p.chunks + walk.chunk) * p.part;
+  if (threadIdx.x < p.part - p.used) part[p.used + threadIdx.x] = 0.f;
   auto over_lanes = [&](float v) {
     for (int off = 1; off < p.state_lanes; off *= 2) v += __shfl_xor_sync(0xffffffffu, v, off);
     return v;
@@ -1218,43 +1220,59 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
   write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
 }
 
-// The parameter gradients from their parts. One grid's work; `scratch` holds a float a thread.
-__device__ inline void add_parts(const BackwardParams& p, float* scratch) {
-  constexpr int kTogether = 16;  // loads in flight
-  // A block adds up `across` neighbouring values at a time, each by as many threads, or runs of parts, as the grid has.
+// The parameter gradients from their parts. One grid's work; `scratch` holds four floats a thread.
+__device__ inline void add_parts(const BackwardParams& p, float4* scratch) {
+  constexpr int kTogether = 8;  // loads in flight
+  // A block adds up `across` neighbouring quads at a time, each by as many threads, or runs of parts, as the grid has.
   const int threads = static_cast<int>(blockDim.x);
-  int runs = threads / 16;
-  while (runs > 1 && p.part * runs > int64_t{gridDim.x} * threads) runs /= 2;
+  const int64_t quads = p.part / 4;
+  int runs = threads / 4;
+  while (runs > 1 && quads * runs > int64_t{gridDim.x} * threads) runs /= 2;
   const int across = threads / runs, run = static_cast<int>(threadIdx.x) / across;
   const int place = static_cast<int>(threadIdx.x) % across, parts = p.batch * p.chunks;
   const int length = (parts + runs - 1) / runs;
-  for (int64_t first = int64_t{blockIdx.x} * across; first < p.part; first += int64_t{gridDim.x} * across) {
+  const float4* const from = reinterpret_cast<const float4*>(p.parts);
+  for (int64_t first = int64_t{blockIdx.x} * across; first < quads; first += int64_t{gridDim.x} * across) {
     const int64_t i = first + place;
-    const int last = i < p.part && run < runs ? min((run + 1) * length, parts) : 0;
-    float sum = 0.f;
+    const int last = i < quads && run < runs ? min((run + 1) * length, parts) : 0;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    auto add = [&](const float4& v) { sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w); };
 #pragma unroll 1
     for (int at = run * length; at < last; at += kTogether) {
-      float v[kTogether];
+      float4 v[kTogether];
+      const float4* quad = from + at * quads + i;
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) v[j] = at + j < last ? __ldcg(p.parts + (at + j) * p.part + i) : 0.f;
+      for (int j = 0; j < kTogether; ++j) {
+        v[j] = at + j < last ? __ldcg(quad) : make_float4(0.f, 0.f, 0.f, 0.f);
+        quad = opaque_next(quad, quads);
+      }
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) sum += v[j];
+      for (int j = 0; j < kTogether; ++j) add(v[j]);
     }
-    scratch[threadIdx.x] = sum;
-    __syncthreads();
-    if (run == 0 && i < p.part) {
-      for (int other = 1; other < runs; ++other) sum += scratch[other * across + place];
-      if (i < p.weights_at) {
-        p.da[i] = sum;
-      } else if (i < p.bias_at) {
-        p.ddt_weight[i - p.weights_at] = sum;
-      } else if (i < p.skip_at) {
-        if (p.ddt_bias != nullptr) p.ddt_bias[i - p.bias_at] = sum;
-      } else if (p.dd != nullptr) {
-        p.dd[i - p.skip_at] = sum;
+    for (int left = runs; left > 1;) {
+      const int half = (left + 1) / 2;
+      scratch[threadIdx.x] = sum;
+      __syncthreads();
+      if (run + half < left) add(scratch[threadIdx.x + half * across]);
+      __syncthreads();
+      left = half;
+    }
+    if (run == 0 && i < quads) {
+      const float v[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int64_t value = i * 4 + j;
+        if (value < p.weights_at) {
+          p.da[value] = v[j];
+        } else if (value < p.bias_at) {
+          p.ddt_weight[value - p.weights_at] = v[j];
+        } else if (value < p.skip_at) {
+          if (p.ddt_bias != nullptr) p.ddt_bias[value - p.bias_at] = v[j];
+        } else if (value < p.used && p.dd != nullptr) {
+          p.dd[value - p.skip_at] = v[j];
+        }
       }
     }
-    __syncthreads();
   }
 }
 
@@ -1300,7 +1318,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
   // Zeros where staged rows are padded: B and C of states that do not exist.
   auto clear = [&] {
     __syncthreads();
-    for (int i = threadIdx.x; i < p.history_at / 4; i += blockDim.x) reinterpret_cast<float*>(shared_base)[i] = 0.f;
+    for (int i = threadIdx.x; i < p.history_at / 16; i += blockDim.x) shared_base[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     __syncthreads();
   };
   clear();
@@ -1322,7 +1340,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       }
     }
     cooperative_groups::this_grid().sync();
-    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float2*>(place.shared + p.history_at));
+    prefix_chunks<kSharedDecay, 12>(p, true, reinterpret_cast<float2*>(place.shared + p.history_at));
     clear();
     cooperative_groups::this_grid().sync();
   }
@@ -1359,7 +1377,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       at = walk.next;
     }
   }
-  add_parts(p, reinterpret_cast<float*>(shared_base));
+  add_parts(p, shared_base);
   const int64_t tokens = int64_t{p.modalities} * p.batch * p.tokens;
   if (p.splits > 1) add_copies(p, p.dproj, p.dproj_sum, p.splits, p.dproj_copy, tokens * p.paths * p.row());
   if (p.dx_apart) add_copies(p, p.dx, p.dx_sum, p.paths, p.dx_copy, tokens * p.channels);
@@ -1487,9 +1505,10 @@ struct BackwardPlan : Plan {
   size_t parts_at;
 };
 
-// Parameter gradients of a chunk.
+// Parameter gradients of a chunk, rounded up to whole quads.
 int64_t part_of(const SS2DProblem& problem) {
-  return problem.modalities * problem.paths * problem.channels * (problem.decays() + problem.rank + kWeightRows);
+  const int64_t per_channel = problem.decays() + problem.rank + kWeightRows;
+  return ceil_div(problem.modalities * problem.paths * problem.channels * per_channel, 4) * 4;
 }
 
 BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t resident, int64_t splits,
@@ -1598,6 +1617,7 @@ void ss2d_backward(const SS2DProblem& problem, const SS2DInputs& inputs, const S
   params.weights_at = per_channel * problem.decays();
   params.bias_at = params.weights_at + per_channel * problem.rank;
   params.skip_at = params.bias_at + per_channel;
+  params.used = params.skip_at + per_channel;
   int filled = 0;
   for (int axis = 0; axis < 2; ++axis) {
     for (int k = 0; k < problem.paths; ++k)

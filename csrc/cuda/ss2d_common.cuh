@@ -190,6 +190,14 @@ __device__ inline int opaque(int v) {
   return v;
 }
 
+// Likewise from + count: of a row of addresses, only the next one is kept in a register.
+template <typename T>
+__device__ inline T* opaque_next(T* from, int64_t count) {
+  T* next;
+  asm volatile("add.s64 %0, %1, %2;" : "=l"(next) : "l"(from), "l"(count * int64_t{sizeof(T)}));
+  return next;
+}
+
 template <int kBytes>
 __device__ inline void copy_async(uint32_t to, const char* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async copies");
@@ -367,24 +375,20 @@ __device__ inline void store_state(const Params& p, float* plane, int d, int lan
 // Turns the summaries of the chunks (end state from a zero start; the decay of a chunk is exp(A * its sum of steps))
 // into the state that enters each chunk, in place; along the scan, or against it for the gradients (`backwards`). The
 // last chunk has no summary.
-// Threads of a block stand for neighbouring channels times `segments` runs of chunks: each folds its run, the block
-// scans the runs, each walks its run again. `scratch` holds 2 floats a thread. Loads are batched: they do not depend
-// on the running state.
-template <bool kSharedDecay>
+// Threads of a block stand for neighbouring channels times `segments` runs of kRun chunks, which the thread keeps in
+// registers: each folds its run, the block scans the runs, each walks its run again; then the next runs, as many as it
+// takes. `scratch` holds 2 floats a thread.
+template <bool kSharedDecay, int kRun>
 __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* scratch) {
-  constexpr int kBatch = 8;
   const int64_t plane = int64_t{p.states} * p.channels;
   const int64_t sequences = int64_t{p.modalities} * p.batch * p.paths * plane;
-  // As many runs as keep every thread of the grid busy, none shorter than a batch, and eight neighbouring sequences
-  // a block at least.
+  // As many runs as keep every thread of the grid busy, and four neighbouring sequences a block at least.
   int segments = 1;
-  while (segments * 8 <= static_cast<int>(blockDim.x) && segments * kBatch < p.chunks &&
+  while (segments * 8 <= static_cast<int>(blockDim.x) && segments * kRun < p.chunks &&
          sequences * segments < int64_t{gridDim.x} * blockDim.x)
     segments *= 2;
   const int across = static_cast<int>(blockDim.x) / segments;
   const int segment = static_cast<int>(threadIdx.x) / across, place = static_cast<int>(threadIdx.x) % across;
-  const int run = (p.chunks + segments - 1) / segments;
-  const int first = min(segment * run, p.chunks), last = min(first + run, p.chunks);
   const int64_t rounds = (sequences + across - 1) / across;
   for (int64_t round = blockIdx.x; round < rounds; round += gridDim.x) {
     const int64_t i = round * across + place;
@@ -395,42 +399,54 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* sc
     const int64_t mkd = (mbk / p.paths / p.batch * p.paths + k) * p.channels + d;
     const float a = (kSharedDecay ? p.a[mkd] : p.a[mkd * p.states + n]) * kLog2e;
     const bool descending = (p.path[k] >= 2) != backwards;
-    float* state = p.chunk_state + mbk * p.chunks * plane + in_plane;
-    const float* steps = p.chunk_steps + mbk * p.chunks * p.channels + d;
-    float running = 0.f, step_sum = 0.f;
+    float carry = 0.f;  // what enters the first of the runs
 #pragma unroll 1
-    for (int pass = segments > 1 ? 0 : 1; pass < 2; ++pass) {
-      const bool write = pass == 1;
-      if (write && segments > 1) {
-        scratch[threadIdx.x] = make_float2(step_sum, running);
+    for (int first = segment * kRun; first - segment * kRun < p.chunks; first += segments * kRun) {
+      const int chunks = exists ? p.chunks - first : 0, summaries = exists ? chunks - 1 : 0;  // from this run on
+      const int64_t at = mbk * p.chunks + (descending ? p.chunks - 1 - first : first);
+      const int64_t next_state = descending ? -plane : plane, next_steps = descending ? -p.channels : p.channels;
+      float* const state = p.chunk_state + at * plane + in_plane;
+      const float* from = state;
+      const float* steps = p.chunk_steps + at * p.channels + d;
+      float summary[kRun], decay[kRun], folded = 0.f, step_sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        if (j < summaries) {
+          summary[j] = __ldcg(from);
+          decay[j] = __ldcg(steps);
+        }
+        from = opaque_next(from, next_state);
+        steps = opaque_next(steps, next_steps);
+      }
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        if (j < summaries) {
+          step_sum += decay[j];
+          decay[j] = exp2_fast(a * decay[j]);
+          folded = fmaf(decay[j], folded, summary[j]);
+        }
+      }
+      const float run_decay = exp2_fast(a * step_sum);
+      float running = carry;
+      if (segments == 1) {
+        carry = fmaf(run_decay, carry, folded);
+      } else {
+        scratch[threadIdx.x] = make_float2(run_decay, folded);
         __syncthreads();
-        running = 0.f;
-        for (int s = 0; s < segment; ++s) {
-          const float2 before = scratch[s * across + place];
-          running = fmaf(exp2_fast(a * before.x), running, before.y);
+#pragma unroll 4
+        for (int s = 0; s < segments; ++s) {
+          if (s == segment) running = carry;
+          const float2 run = scratch[s * across + place];
+          carry = fmaf(run.x, carry, run.y);
         }
         __syncthreads();
       }
-      for (int at = exists ? first : last; at < last; at += kBatch) {
-        float summary[kBatch], step[kBatch];
+      float* to = state;
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          if (at + j < min(last, p.chunks - 1)) {
-            const int64_t chunk = descending ? p.chunks - 1 - at - j : at + j;
-            summary[j] = state[chunk * plane];
-            step[j] = steps[chunk * p.channels];
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          if (at + j < last) {
-            const int64_t chunk = descending ? p.chunks - 1 - at - j : at + j;
-            if (write) state[chunk * plane] = running;
-            if (at + j == p.chunks - 1) break;
-            running = fmaf(exp2_fast(a * step[j]), running, summary[j]);
-            step_sum += step[j];
-          }
-        }
+      for (int j = 0; j < kRun; ++j) {
+        if (j < chunks) *to = running;
+        to = opaque_next(to, next_state);
+        if (j < summaries) running = fmaf(decay[j], running, summary[j]);
       }
     }
   }

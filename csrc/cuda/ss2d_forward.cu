@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       scan.store_steps(p, seat, p.chunk_steps + at * p.channels);
     }
     grid.sync();
-    prefix_chunks<Scan::kSharedDecay>(
+    prefix_chunks<Scan::kSharedDecay, Scan::kRun>(
         p, false, reinterpret_cast<float2*>(reinterpret_cast<char*>(shared_base) + kWarps * p.warp_bytes));
     grid.sync();
   }

@@ -62,6 +62,7 @@ template <int MT, int NT>
 struct MatrixForm {
   static constexpr bool kSharedDecay = true;
   static constexpr int kChannels = 2 * MT;  // of a thread, `kWide` of them neighbours
+  static constexpr int kRun = 12;
   static constexpr int kWide = kChannels < 4 ? kChannels : 4;
   int g, t, first_d;
   float a[kChannels], step_sum[kChannels];
