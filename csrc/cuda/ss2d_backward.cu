@@ -90,12 +90,12 @@ constexpr int kDefaultStates = 4;
 constexpr int known_channels(int lanes) { return lanes >= 4 ? kMaxThreads / lanes * 2 : 0; }
 // A lane keeps the sums of its tokens in registers.
 constexpr bool owns_tokens(int lanes) { return lanes > 1; }
-// Number i of the tokens of a tile that are a lane's; kTile or more where there is none. Up to kBatch lanes share a
-// batch of tokens; of more, those that share one token of each batch take one batch's each.
+// The first of the tokens of a tile that are a lane's; kTile or more where it has none. Up to kBatch lanes take every
+// kLanes-th token each; of more, those that share one token of each batch take one batch's each.
 template <int kLanes>
-__device__ inline int own_token(int lane, int i, int lanes) {
+__device__ inline int first_own_token(int lane) {
   if constexpr (kLanes <= kBatch) {
-    return lane + i * lanes;
+    return lane;
   } else {
     constexpr int kParts = kLanes / kBatch;
     return lane % kParts * kBatch + lane / kParts;
@@ -764,7 +764,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   const int lanes = kLanes > 0 ? kLanes : p.state_lanes, lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
   const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
-  const int first = opaque(own_token<kLanes>(place.lane, 0, lanes));
+  const int first = opaque(first_own_token<kLanes>(place.lane));
   const int exist = p.channels - walk.track.first_d - place.c;
   float draw[kShare][CH] = {}, dx[kShare][CH] = {}, skip[CH], dbias[CH], dskip[CH];
   int pixel[kShare];

@@ -214,14 +214,14 @@ __device__ inline void add_at(float* to, const float (&v)[CH]) {
   if constexpr (CH == 4) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
                  "f"(v[3]));
-    return;
   } else if constexpr (CH == 2) {
     asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
-    return;
-  }
+  } else
 #endif
+  {
 #pragma unroll
-  for (int c = 0; c < CH; ++c) asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]));
+    for (int c = 0; c < CH; ++c) asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + c), "f"(v[c]));
+  }
 }
 
 // Four staged 16-bit values as float.
