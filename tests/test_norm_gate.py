@@ -40,8 +40,8 @@ def check(tensors, dtype):
         assert (found is None) == (wanted is None)
         if found is None:
             continue
-        # With one channel y's gradient is zero but for rounding, with two it nearly cancels; so may that of a few pixels
-        # with three channels, which has a single direction left.
+        # With one channel y's gradient is zero but for rounding, with two it nearly cancels; so may that of a few
+        # pixels with three channels, which has a single direction left.
         if name == "y" and (tensors[0].shape[-1] <= 2 or tensors[0].numel() < 24):
             continue
         assert_close(found, wanted, TOLERANCES[dtype][1], name)
