@@ -378,6 +378,7 @@ __device__ inline void store_state(const Params& p, float* plane, int d, int lan
 // Threads of a block stand for neighbouring channels times `segments` runs of kRun chunks, which the thread keeps in
 // registers: each folds its run, the block scans the runs, each walks its run again; then the next runs, as many as it
 // takes. `scratch` holds 2 floats a thread.
+// kRun: as long as a run can be in the registers that the kernel needs anyway; more would cost warps or spill.
 template <bool kSharedDecay, int kRun>
 __device__ inline void prefix_chunks(const Params& p, bool backwards, float2* scratch) {
   const int64_t plane = int64_t{p.states} * p.channels;

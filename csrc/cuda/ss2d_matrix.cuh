@@ -62,8 +62,8 @@ template <int MT, int NT>
 struct MatrixForm {
   static constexpr bool kSharedDecay = true;
   static constexpr int kChannels = 2 * MT;  // of a thread, `kWide` of them neighbours
-  static constexpr int kRun = 12;
   static constexpr int kWide = kChannels < 4 ? kChannels : 4;
+  static constexpr int kRun = 12;
   int g, t, first_d;
   float a[kChannels], step_sum[kChannels];
   float h[MT][NT][4];  // channels 2m and 2m + 1 of the thread's, states 8j + 2t and 8j + 2t + 1

@@ -335,8 +335,9 @@ template <int NS, int CH, bool kShared, bool kZoh, int kHeld>
 struct Recurrence {
   static constexpr bool kSharedDecay = kShared;
   static constexpr int kChannels = CH;
-  static constexpr int kRun = NS * CH >= 16 ? 16 : 12;  // of prefix_chunks: what the walk's registers hold
-  int d;                                                // first channel
+  static constexpr int kRun = NS * CH >= 16 ? 16 : 12;
+
+  int d;  // first channel
   float a[CH][kShared ? 1 : NS], h[CH][NS], step_sum[CH];
 
   __device__ Recurrence(const ForwardParams& p, const Seat& seat, const Track& track) : d(track.first_d + seat.c) {
