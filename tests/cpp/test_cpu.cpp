@@ -116,7 +116,8 @@ void fill(Case& c) {
   c.tensors[kDelta] = random_values(p.rank ? 0 : pixels(p) * p.paths * p.channels, p.softplus ? -1 : 0.01, 1);
   c.tensors[kDtWeight] = random_values(rows * p.rank, -0.5, 0.5);
   c.tensors[kDtBias] = random_values(c.bias ? rows : 0, p.softplus ? -3 : 0, p.softplus ? 0 : 0.2);
-  c.tensors[kA] = random_values(rows * p.decays(), -2, -1e-4);
+  // No weaker decay: sums over a memory of thousands of tokens cancel now and then, and leave little but rounding.
+  c.tensors[kA] = random_values(rows * p.decays(), -2, -0.1);
   c.tensors[kD] = random_values(c.skip ? rows : 0, -1, 1);
   c.dy = random_values(pixels(p) * p.channels, -1, 1);
 }
@@ -423,6 +424,7 @@ int main(int argc, char** argv) {
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
   generator.seed(seed);
   const auto euler = Discretization::euler, zoh = Discretization::zoh;
+  // The smallest images come many at a time, lest all of their few results cancel by chance.
   // dtype (set by the test), M, B, H, W, D, N, R, K, paths, exchange, discretization, shared decay, softplus
   const Case four{"one modality",
                   {{}, 1, 2, 7, 11, 18, 16, 2, 4, {0, 1, 2, 3}, Exchange::none, euler, false, true},
@@ -440,7 +442,7 @@ int main(int argc, char** argv) {
              {},
              {}});
   test_ss2d({"from_visible",
-             {{}, 2, 2, 9, 8, 3, 17, 3, 4, {0, 0, 2, 1}, Exchange::from_visible, euler, true, true},
+             {{}, 2, 2, 9, 8, 5, 17, 3, 4, {0, 0, 2, 1}, Exchange::from_visible, euler, true, true},
              false,
              false,
              true,
@@ -461,14 +463,14 @@ int main(int argc, char** argv) {
              {},
              {}});
   test_ss2d({"delta as it is",
-             {{}, 1, 2, 1, 1, 2, 3, 0, 1, {2}, Exchange::none, zoh, false, false},
+             {{}, 1, 19, 1, 1, 2, 3, 0, 1, {2}, Exchange::none, zoh, false, false},
              true,
              false,
              false,
              {},
              {}});
   test_ss2d({"several segments",
-             {{}, 1, 1, 37, 31, 4, 2, 1, 4, {0, 1, 2, 3}, Exchange::none, euler, false, true},
+             {{}, 1, 1, 37, 31, 5, 3, 1, 4, {0, 1, 2, 3}, Exchange::none, euler, false, true},
              false,
              true,
              true,
@@ -476,7 +478,7 @@ int main(int argc, char** argv) {
              {}});
   test_containment(four);
   test_functions();
-  test_cross_scan(2, 3, 1, 1);
+  test_cross_scan(19, 3, 1, 1);
   test_cross_scan(1, 2, 37, 70);
   std::printf("%d failed\n", failures);
   return failures ? 1 : 0;
