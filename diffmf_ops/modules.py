@@ -39,22 +39,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     tokens = _runs(x)
     runs = len(tokens) // len(weight)
-    weight = weight.mT.repeat_interleave(runs, 0)
+    weight = _repeated(weight.mT, runs)
     if bias is None:
         y = torch.bmm(tokens, weight)
     else:
-        y = torch.baddbmm(bias.repeat_interleave(runs, 0).unsqueeze(1), tokens, weight)
+        y = torch.baddbmm(_repeated(bias, runs).unsqueeze(1), tokens, weight)
     return y.view(*x.shape[:-1], -1)
 
 
 def _runs(x: Tensor) -> Tensor:
-    """(M, ..., I) -> (M * runs, tokens, I): runs of tokens as a batch of their own.
+    """(M, ..., I) -> (M * runs, tokens, I): on a GPU, runs of tokens as a batch of their own.
 
     The weight's gradient sums over the tokens, and cuBLAS does not split the sum of a batched product, so one product
     per modality would leave most of the GPU idle.
     """
     tokens = x.flatten(1, -2)
-    return tokens.unflatten(1, (math.gcd(tokens.shape[1], 64), -1)).flatten(0, 1)
+    runs = math.gcd(tokens.shape[1], 64) if x.is_cuda else 1
+    return tokens.unflatten(1, (runs, -1)).flatten(0, 1)
+
+
+def _repeated(weight: Tensor, runs: int) -> Tensor:
+    """(M, ...) -> (M * runs, ...), every modality's for all of its runs; a view where there is one."""
+    return weight.unsqueeze(1).expand(-1, runs, *weight.shape[1:]).flatten(0, 1)
 
 
 def project(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +94,7 @@ class _Project(torch.autograd.Function):
             return dx, dproj.mT @ x.flatten(0, -2)
         dproj = _runs(dproj)
         runs = len(dproj) // len(weight)
-        _runs(dx).baddbmm_(dproj, weight.repeat_interleave(runs, 0))
+        _runs(dx).baddbmm_(dproj, _repeated(weight, runs))
         return dx, torch.bmm(dproj.mT, _runs(x)).unflatten(0, (-1, runs)).sum(1)
 
 
