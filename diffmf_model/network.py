@@ -1,6 +1,8 @@
 """DIFF-MF: stem, difference-driven extraction, channel exchange, spatial exchange, decoder (Fig. 2)."""
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .channel_exchange import ChannelExchange
@@ -10,22 +12,26 @@ from .spatial_exchange import SpatialExchange
 
 
 class Decoder(nn.Module):
-    """Features (B, H, W, C) -> image (B, 1, H, W) in [0, 1], float32 under autocast too."""
+    """Features (B, H, W, C) -> image (B, 1, H P, W P) in [0, 1], P = patch_size; float32 under autocast too."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, patch_size: int):
         super().__init__()
+        self.patch_size = patch_size
         self.features = ConvLayer(channels, channels)
-        self.image = nn.Conv2d(channels, 1, 3, padding=1)
+        self.image = nn.Conv2d(channels, patch_size**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x).permute(0, 3, 1, 2)
         # bf16 has fewer levels near 1 than an 8-bit image.
         with torch.autocast(x.device.type, enabled=False):
-            return torch.sigmoid(self.image(x.to(self.image.weight.dtype)))
+            patches = torch.sigmoid(self.image(x.to(self.image.weight.dtype)))
+        return rearrange(patches, "b (i j) h w -> b 1 (h i) (w j)", i=self.patch_size)
 
 
 class DIFFMF(nn.Module):
     """The fusion network. Inside, activations are channels-last with modalities leading: (2, B, H, W, C).
+
+    With config.patch_size P above 1, a token is a patch of P x P pixels: H and W inside are a P-th of the image's.
 
     forward(ir, vi): the infrared image and the visible one's Y, both (B, 1, H, W) in [0, 1], any H, W >= 1 -> the fused
     image (B, 1, H, W) in [0, 1]. Raises ValueError for other shapes and TypeError for integer images.
@@ -36,25 +42,34 @@ class DIFFMF(nn.Module):
         self.config = config = config or ModelConfig()
         channels = config.d_model
         self.stem_ir, self.stem_vi = (
-            nn.Sequential(ConvLayer(1, channels), ConvLayer(channels, channels)) for _ in range(2)
+            nn.Sequential(ConvLayer(config.patch_size**2, channels), ConvLayer(channels, channels)) for _ in range(2)
         )
         self.extraction = nn.ModuleList(ExtractionStage(config) for _ in range(config.stages * config.extraction))
         self.channel_exchange = ChannelExchange(config) if config.channel_exchange != "off" else nn.Identity()
         self.spatial_exchange = SpatialExchange(config) if config.spatial_exchange else None
-        self.decoder = Decoder(channels)
+        self.decoder = Decoder(channels, config.patch_size)
 
     def forward(self, ir: Tensor, vi: Tensor) -> Tensor:
         _check_image("ir", ir)
         _check_image("vi", vi)
         if ir.shape != vi.shape:
             raise ValueError(f"vi: expected the shape of ir, {tuple(ir.shape)}, found {tuple(vi.shape)}")
-        ir, vi = (image.permute(0, 2, 3, 1) for image in (ir, vi))
+        height, width = ir.shape[2:]
+        ir, vi = (_patches(image, self.config.patch_size) for image in (ir, vi))
         features = shared = torch.stack([self.stem_ir(ir), self.stem_vi(vi)])
         for stage in self.extraction:
             features, shared = stage(features, shared)
         features = self.channel_exchange(features)
         fused = features.mean(0) if self.spatial_exchange is None else self.spatial_exchange(features)
-        return self.decoder(fused)
+        return self.decoder(fused)[..., :height, :width]
+
+
+def _patches(image: Tensor, size: int) -> Tensor:
+    """(B, 1, H, W) -> (B, ceil(H / size), ceil(W / size), size²); the last row and column repeat to fill a patch."""
+    missing = (0, -image.shape[3] % size, 0, -image.shape[2] % size)
+    if any(missing):
+        image = F.pad(image, missing, mode="replicate")
+    return rearrange(image, "b 1 (h i) (w j) -> b h w (i j)", i=size, j=size)
 
 
 def _check_image(name: str, image: Tensor) -> None:

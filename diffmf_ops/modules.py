@@ -40,10 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tokens = _runs(x)
     runs = len(tokens) // len(weight)
     weight = _repeated(weight.mT, runs)
-    if bias is None:
-        y = torch.bmm(tokens, weight)
-    else:
-        y = torch.baddbmm(_repeated(bias, runs).unsqueeze(1), tokens, weight)
+    y = torch.bmm(tokens, weight) if bias is None else torch.baddbmm(_repeated(bias, runs)[:, None], tokens, weight)
     return y.view(*x.shape[:-1], -1)
 
 

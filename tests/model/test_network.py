@@ -7,7 +7,7 @@ import torch
 from diffmf_model.channel_exchange import ChannelReweighting
 from diffmf_model.config import ModelConfig
 from diffmf_model.extraction import guide
-from diffmf_model.network import DIFFMF
+from diffmf_model.network import DIFFMF, Decoder, _patches
 from diffmf_model.spatial_exchange import (
     CrossModalScan,
     SpatialExchange,
@@ -37,6 +37,7 @@ SWITCHES = [
     {"gate": "fig2"},
     {"spatial_exchange": False},
     {"scalar_decay": True},
+    {"patch_size": 2},
 ]
 
 
@@ -47,10 +48,11 @@ def images(*shape):
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
 def test_every_switch_trains(switch):
     model = DIFFMF(ModelConfig(**TINY | switch))
-    ir, vi = (image.requires_grad_() for image in images(1, 1, 5, 6))
+    shape = (1, 1, 5 * model.config.patch_size, 6 * model.config.patch_size)
+    ir, vi = (image.requires_grad_() for image in images(*shape))
     fused = model(ir, vi)
-    assert fused.shape == (1, 1, 5, 6) and fused.min() >= 0 and fused.max() <= 1
-    torch.nn.functional.mse_loss(fused, torch.rand(1, 1, 5, 6)).backward()
+    assert fused.shape == shape and fused.min() >= 0 and fused.max() <= 1
+    torch.nn.functional.mse_loss(fused, torch.rand(shape)).backward()
     assert ir.grad.abs().sum() > 0 and vi.grad.abs().sum() > 0
     unreached = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A dropped path's parameters see no gradient in that step. Without the gate, the output bias of the last share
@@ -74,15 +76,30 @@ def test_every_switch_changes_the_result():
     assert len(results) == 7 and distances.min() > 1e-4
 
 
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (7, 5), (9, 8)])
-def test_any_size_and_batches_are_independent(size):
-    model = DIFFMF(ModelConfig(**TINY)).eval()
+def test_any_size_and_batches_are_independent(size, patch_size):
+    model = DIFFMF(ModelConfig(**TINY, patch_size=patch_size)).eval()
     ir, vi = images(2, 1, *size)
     with torch.no_grad():
         both = model(ir, vi)
         alone = torch.cat([model(ir[:1], vi[:1]), model(ir[1:], vi[1:])])
     assert both.shape == (2, 1, *size)
     assert (both - alone).abs().max() < 1e-5  # measured 1.2e-7
+
+
+def test_patches_are_the_pixels_of_their_place():
+    """A network of patches without anything between them gives every pixel back where it was."""
+    image = torch.rand(2, 1, 5, 7)
+    patches = _patches(image, 3)
+    assert patches.shape == (2, 2, 3, 9)
+    assert torch.equal(patches[:, 1, 2, [0, 1, 3]], image[:, 0, [3, 3, 4], [6, 6, 6]])  # the last column repeats
+    decoder = Decoder(9, 3)
+    decoder.features = torch.nn.Identity()
+    with torch.no_grad():
+        decoder.image.bias.zero_()
+        torch.nn.init.dirac_(decoder.image.weight)
+    assert torch.equal(decoder(patches)[..., :5, :7], torch.sigmoid(image))
 
 
 def test_autocast_gives_fp32_images_close_to_fp32():
