@@ -27,7 +27,7 @@ class ModelConfig:
     d_state: int = _within(16, 1, 256)  # N
     ssm_ratio: float = _within(2.0, 0.5)  # D / C
     scalar_decay: bool = False  # one decay per channel for all states (the SSD form of A)
-    patch_size: int = _within(1, 1, 16)  # pixels of a token along either axis; the paper's network has 1
+    patch_size: int = _within(1, 1, 16)  # pixels of a token along either axis; 1 in the paper's network
     stages: int = _within(4, 1)
     gated: bool = True  # the VSS block's multiplicative branch z
     mlp_ratio: float = _within(0.0, 0.0)  # the VSS block's MLP; 0 for none

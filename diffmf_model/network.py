@@ -12,12 +12,12 @@ from .spatial_exchange import SpatialExchange
 
 
 class Decoder(nn.Module):
-    """Features (B, H, W, C) -> image (B, 1, H P, W P) in [0, 1], P = patch_size; float32 under autocast too."""
+    """Features (B, H, W, in) -> image (B, 1, H P, W P) in [0, 1], P = patch_size; float32 under autocast too."""
 
-    def __init__(self, channels: int, patch_size: int):
+    def __init__(self, in_channels: int, channels: int, patch_size: int):
         super().__init__()
         self.patch_size = patch_size
-        self.features = ConvLayer(channels, channels)
+        self.features = ConvLayer(in_channels, channels)
         self.image = nn.Conv2d(channels, patch_size**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +31,8 @@ class Decoder(nn.Module):
 class DIFFMF(nn.Module):
     """The fusion network. Inside, activations are channels-last with modalities leading: (2, B, H, W, C).
 
-    With config.patch_size P above 1, a token is a patch of P x P pixels: H and W inside are a P-th of the image's.
+    With config.patch_size P above 1, a token is a patch of P x P pixels: H and W inside are a P-th of the image's, and
+    the decoder reads the sources' pixels beside the fused features.
 
     forward(ir, vi): the infrared image and the visible one's Y, both (B, 1, H, W) in [0, 1], any H, W >= 1 -> the fused
     image (B, 1, H, W) in [0, 1]. Raises ValueError for other shapes and TypeError for integer images.
@@ -47,7 +48,9 @@ class DIFFMF(nn.Module):
         self.extraction = nn.ModuleList(ExtractionStage(config) for _ in range(config.stages * config.extraction))
         self.channel_exchange = ChannelExchange(config) if config.channel_exchange != "off" else nn.Identity()
         self.spatial_exchange = SpatialExchange(config) if config.spatial_exchange else None
-        self.decoder = Decoder(channels, config.patch_size)
+        # Not every pixel's detail has room in the C channels of a patch, so the decoder sees the pixels too.
+        pixels = 2 * config.patch_size**2 if config.patch_size > 1 else 0
+        self.decoder = Decoder(channels + pixels, channels, config.patch_size)
 
     def forward(self, ir: Tensor, vi: Tensor) -> Tensor:
         _check_image("ir", ir)
@@ -61,6 +64,8 @@ class DIFFMF(nn.Module):
             features, shared = stage(features, shared)
         features = self.channel_exchange(features)
         fused = features.mean(0) if self.spatial_exchange is None else self.spatial_exchange(features)
+        if self.config.patch_size > 1:
+            fused = torch.cat([fused, ir.to(fused.dtype), vi.to(fused.dtype)], dim=-1)
         return self.decoder(fused)[..., :height, :width]
 
 

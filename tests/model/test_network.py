@@ -94,7 +94,7 @@ def test_patches_are_the_pixels_of_their_place():
     patches = _patches(image, 3)
     assert patches.shape == (2, 2, 3, 9)
     assert torch.equal(patches[:, 1, 2, [0, 1, 3]], image[:, 0, [3, 3, 4], [6, 6, 6]])  # the last column repeats
-    decoder = Decoder(9, 3)
+    decoder = Decoder(9, 9, 3)
     decoder.features = torch.nn.Identity()
     with torch.no_grad():
         decoder.image.bias.zero_()
