@@ -22,7 +22,11 @@ from .images import atomic_write
 from .network import DIFFMF
 
 BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "diffmf.safetensors"
-BUNDLED = {"full": BUNDLED_WEIGHTS, "small": BUNDLED_WEIGHTS.with_name("diffmf-s.safetensors")}
+BUNDLED = {
+    "full": BUNDLED_WEIGHTS,
+    "small": BUNDLED_WEIGHTS.with_name("diffmf-s.safetensors"),
+    "tiny": BUNDLED_WEIGHTS.with_name("diffmf-t.safetensors"),
+}
 MODEL_KIND, STATE_KIND = "diffmf model", "diffmf training state"
 METADATA = "diffmf"  # one entry, since safetensors writes several in any order
 
@@ -65,7 +69,7 @@ def save_model(path: str | Path, model: DIFFMF) -> None:
 
 def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> DIFFMF:
     """The network of a model file, on `device`, in eval mode; None loads the weights that the package carries, and so
-    does the name of a set of them, "full" or "small" (diffmf-s).
+    does the name of a set of them, "full", "small" (diffmf-s) or "tiny" (diffmf-t).
 
     Raises UserError for a file that is missing, is not safetensors, is truncated, was not written by `save_model`, or
     whose tensors do not fit its configuration.

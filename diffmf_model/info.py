@@ -64,8 +64,7 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _weights() -> list[tuple[str, str]]:
-    small = checkpoint.BUNDLED["small"]
-    return _weights_in(checkpoint.BUNDLED_WEIGHTS) + (_weights_in(small) if small.exists() else [])
+    return [row for path in checkpoint.BUNDLED.values() for row in _weights_in(path)]
 
 
 def _weights_in(path: Path) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """Renders the gallery and fuses it: `python docs/gallery.py [SCENE ...]` (default: all; "sample" is the bundled pair).
 
-Writes docs/gallery/SCENE_{ir,vi}.png, SCENE_fused.png for each set of weights in WEIGHTS whose file exists (the small
-set's is SCENE_fused-s.png), and the strip SCENE.png that README.md and docs/gallery.md show. The bundled pair is not
-rendered again.
+Writes docs/gallery/SCENE_{ir,vi}.png, SCENE_fused.png for each set of weights (SCENE_fused-s.png for the small set,
+SCENE_fused-t.png for the tiny one), and the strip SCENE.png that README.md and docs/gallery.md show. The bundled pair
+is not rendered again.
 """
 
 import sys
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffmf_model.checkpoint import BUNDLED, load_model, select_device
+from diffmf_model.checkpoint import load_model, select_device
 from diffmf_model.fuse import SAMPLE, fuse_images
 from diffmf_model.images import write_png
 from diffmf_model.sample import GALLERY, render
 
 FOLDER = Path(__file__).parent / "gallery"
-WEIGHTS = {  # suffix of the picture's name: caption, file
-    "fused": ("fused", BUNDLED["full"]),
-    "fused-s": ("fused, small", BUNDLED["small"]),
+WEIGHTS = {  # suffix of the picture's name: caption, weights
+    "fused": ("fused", "full"),
+    "fused-s": ("fused, small", "small"),
+    "fused-t": ("fused, tiny", "tiny"),
 }
 PANEL, GAP, CAPTION = (320, 240), 6, 18
 
@@ -26,8 +27,7 @@ PANEL, GAP, CAPTION = (320, 240), 6, 18
 def main(scenes: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
     device = select_device()
-    sets = {name: entry for name, entry in WEIGHTS.items() if entry[1].exists()}
-    models = {name: load_model(path, device) for name, (_, path) in sets.items()}
+    models = {name: load_model(weights, device) for name, (_, weights) in WEIGHTS.items()}
     for scene in scenes:
         if scene == SAMPLE.name:
             ir, vi = SAMPLE.ir, SAMPLE.vi
@@ -37,7 +37,7 @@ def main(scenes: list[str]) -> None:
                 Image.fromarray(picture).save(path, optimize=True)
         panels = {"infrared": ir, "visible": vi}
         for name, model in models.items():
-            path = panels[sets[name][0]] = FOLDER / f"{scene}_{name}.png"
+            path = panels[WEIGHTS[name][0]] = FOLDER / f"{scene}_{name}.png"
             write_png(path, fuse_images(ir, vi, model, device))
         strip(panels).save(FOLDER / f"{scene}.png", optimize=True)
         print(f"wrote {', '.join(path.name for path in panels.values())} and {scene}.png to {FOLDER}")
