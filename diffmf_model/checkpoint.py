@@ -21,11 +21,11 @@ from .errors import UserError
 from .images import atomic_write
 from .network import DIFFMF
 
-BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "diffmf.safetensors"
+ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {
-    "full": BUNDLED_WEIGHTS,
-    "small": BUNDLED_WEIGHTS.with_name("diffmf-s.safetensors"),
-    "tiny": BUNDLED_WEIGHTS.with_name("diffmf-t.safetensors"),
+    "full": ASSETS / "diffmf.safetensors",
+    "small": ASSETS / "diffmf-s.safetensors",
+    "tiny": ASSETS / "diffmf-t.safetensors",
 }
 MODEL_KIND, STATE_KIND = "diffmf model", "diffmf training state"
 METADATA = "diffmf"  # one entry, since safetensors writes several in any order
@@ -87,7 +87,7 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "cpu
 def resolve_weights(path: str | Path | None) -> Path:
     """The model file that `load_model` reads: a name in BUNDLED, unless there is a file of that name, or a path."""
     if path is None:
-        return BUNDLED_WEIGHTS
+        return BUNDLED["full"]
     return Path(path) if Path(path).is_file() else BUNDLED.get(str(path), Path(path))
 
 

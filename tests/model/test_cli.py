@@ -99,7 +99,7 @@ def test_info_shows_why_the_kernels_are_missing(command, monkeypatch):
 
 
 def test_info_without_weights_or_driver(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(info.checkpoint, "BUNDLED_WEIGHTS", tmp_path / "gone.safetensors")
+    monkeypatch.setitem(info.checkpoint.BUNDLED, "full", tmp_path / "gone.safetensors")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     status, stdout, _ = command("info")
     assert status == 0 and "gone.safetensors: cannot be read" in stdout and "nvidia-ml-py is missing" in stdout
