@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from .channel_exchange import ChannelExchange
@@ -25,7 +24,7 @@ class Decoder(nn.Module):
         # bf16 has fewer levels near 1 than an 8-bit image.
         with torch.autocast(x.device.type, enabled=False):
             patches = torch.sigmoid(self.image(x.to(self.image.weight.dtype)))
-        return rearrange(patches, "b (i j) h w -> b 1 (h i) (w j)", i=self.patch_size)
+        return F.pixel_shuffle(patches, self.patch_size)
 
 
 class DIFFMF(nn.Module):
@@ -74,7 +73,7 @@ def _patches(image: Tensor, size: int) -> Tensor:
     missing = (0, -image.shape[3] % size, 0, -image.shape[2] % size)
     if any(missing):
         image = F.pad(image, missing, mode="replicate")
-    return rearrange(image, "b 1 (h i) (w j) -> b h w (i j)", i=size, j=size)
+    return F.pixel_unshuffle(image, size).permute(0, 2, 3, 1)
 
 
 def _check_image(name: str, image: Tensor) -> None:
