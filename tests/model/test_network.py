@@ -99,7 +99,8 @@ def test_patches_are_the_pixels_of_their_place():
     with torch.no_grad():
         decoder.image.bias.zero_()
         torch.nn.init.dirac_(decoder.image.weight)
-    assert torch.equal(decoder(patches)[..., :5, :7], torch.sigmoid(image))
+    found = decoder(patches)[..., :5, :7]
+    assert (found - torch.sigmoid(image)).abs().max() < 1e-6  # a sigmoid's last bit: measured 6e-8
 
 
 def test_autocast_gives_fp32_images_close_to_fp32():
