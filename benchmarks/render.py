@@ -231,10 +231,8 @@ def plot_roofline(results: dict, path: Path) -> None:
 NETWORKS = {
     "model_cuda": "The paper's network",
     "model_small_cuda": "diffmf-s",
-    "model_tiny_cuda": "diffmf-t",
     "model_cpu": "The paper's network on a CPU",
     "model_small_cpu": "diffmf-s on a CPU",
-    "model_tiny_cpu": "diffmf-t on a CPU",
 }
 TITLES = {"ss2d_cuda": "Cases", "ss2d_cuda_length": "Time against image size", "ss2d_cuda_sweep": "Sweep"}
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", metavar="HxW", help="also the network on the PyTorch reference of the scan, at this size (slow)"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small, tiny"
+        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write the numbers to DIR/model[_CONFIG]_{cpu,cuda}.json"

@@ -25,7 +25,6 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {
     "full": ASSETS / "diffmf.safetensors",
     "small": ASSETS / "diffmf-s.safetensors",
-    "tiny": ASSETS / "diffmf-t.safetensors",
 }
 MODEL_KIND, STATE_KIND = "diffmf model", "diffmf training state"
 METADATA = "diffmf"  # one entry, since safetensors writes several in any order
@@ -69,7 +68,7 @@ def save_model(path: str | Path, model: DIFFMF) -> None:
 
 def load_model(path: str | Path | None = None, device: str | torch.device = "cpu") -> DIFFMF:
     """The network of a model file, on `device`, in eval mode; None loads the weights that the package carries, and so
-    does the name of a set of them, "full", "small" (diffmf-s) or "tiny" (diffmf-t).
+    does the name of a set of them, "full" or "small" (diffmf-s).
 
     Raises UserError for a file that is missing, is not safetensors, is truncated, was not written by `save_model`, or
     whose tensors do not fit its configuration.

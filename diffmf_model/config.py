@@ -40,6 +40,8 @@ class ModelConfig:
     residual: bool = True
     gate: Literal["eq8", "fig2"] = "eq8"
     spatial_exchange: bool = True
+    decoder_layers: int = _within(1, 1)  # convolutions before the one that makes the image
+    decoder_ratio: float = _within(1.0, 0.1)  # their width / C
 
 
 @dataclass(frozen=True)

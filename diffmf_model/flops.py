@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small, tiny"
+        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as model.stages=2")
 

@@ -1,5 +1,7 @@
 """DIFF-MF: stem, difference-driven extraction, channel exchange, spatial exchange, decoder (Fig. 2)."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,13 +13,21 @@ from .spatial_exchange import SpatialExchange
 
 
 class Decoder(nn.Module):
-    """Features (B, H, W, in) -> image (B, 1, H P, W P) in [0, 1], P = patch_size; float32 under autocast too."""
+    """Features (B, H, W, C) -> image (B, 1, H P, W P) in [0, 1], P = config.patch_size; float32 under autocast too.
 
-    def __init__(self, in_channels: int, channels: int, patch_size: int):
+    Where P is above 1, the sources' P² pixels of each patch come beside the features: (B, H, W, C + 2 P²).
+    """
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.patch_size = patch_size
-        self.features = ConvLayer(in_channels, channels)
-        self.image = nn.Conv2d(channels, patch_size**2, 3, padding=1)
+        self.patch_size = config.patch_size
+        pixels = self.patch_size**2
+        # Not every pixel's detail has room in the C channels of a patch.
+        inputs = config.d_model + (2 * pixels if pixels > 1 else 0)
+        width = max(1, round(config.decoder_ratio * config.d_model))
+        widths = [inputs] + [width] * config.decoder_layers
+        self.features = nn.Sequential(*(ConvLayer(*each) for each in pairwise(widths)))
+        self.image = nn.Conv2d(width, pixels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x).permute(0, 3, 1, 2)
@@ -47,9 +57,7 @@ class DIFFMF(nn.Module):
         self.extraction = nn.ModuleList(ExtractionStage(config) for _ in range(config.stages * config.extraction))
         self.channel_exchange = ChannelExchange(config) if config.channel_exchange != "off" else nn.Identity()
         self.spatial_exchange = SpatialExchange(config) if config.spatial_exchange else None
-        # Not every pixel's detail has room in the C channels of a patch, so the decoder sees the pixels too.
-        pixels = 2 * config.patch_size**2 if config.patch_size > 1 else 0
-        self.decoder = Decoder(channels + pixels, channels, config.patch_size)
+        self.decoder = Decoder(config)
 
     def forward(self, ir: Tensor, vi: Tensor) -> Tensor:
         _check_image("ir", ir)

@@ -52,7 +52,7 @@ from .timing import environment
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="ROOT", help="data set with ir/, vi/ and optionally splits/")
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small, tiny"
+        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
     )
     parser.add_argument("--output", default="runs/diffmf", metavar="DIR", help="run folder (default: %(default)s)")
     add_device_argument(parser)

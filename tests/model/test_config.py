@@ -62,5 +62,5 @@ def test_wrong_files_are_named(tmp_path, text, message):
 
 
 def test_missing_file_lists_the_bundled_names():
-    with pytest.raises(UserError, match=r"absent.toml: cannot be read .*one of paper, roadscene, small, tiny"):
+    with pytest.raises(UserError, match=r"absent.toml: cannot be read .*one of paper, roadscene, small"):
         load_config("absent.toml")

@@ -61,13 +61,12 @@ def test_16_bit_infrared(tmp_path, rng, picture, average, command):
     assert np.abs(levels(tmp_path / "o.png") - expected).max() < 0.501  # rounding to 8 bits
 
 
-@pytest.mark.parametrize("weights", ["small", "tiny"])
-def test_bf16_gives_nearly_the_same_picture(tmp_path, command, weights):
+def test_bf16_gives_nearly_the_same_picture(tmp_path, command):
     for modality, source in (("ir", SAMPLE.ir), ("vi", SAMPLE.vi)):
         with Image.open(source) as image:
             image.crop((200, 150, 264, 198)).save(tmp_path / f"{modality}.png")
     for precision in ("fp32", "bf16"):
-        more = ("--weights", weights, "--precision", precision, "--output", tmp_path / f"{precision}.png", "--grey")
+        more = ("--weights", "small", "--precision", precision, "--output", tmp_path / f"{precision}.png", "--grey")
         assert command("fuse", tmp_path / "ir.png", tmp_path / "vi.png", *more)[0] == 0
     difference = np.abs(levels(tmp_path / "fp32.png") - levels(tmp_path / "bf16.png"))
     assert 0 < difference.max() <= 6  # measured 2

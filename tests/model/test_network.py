@@ -38,6 +38,7 @@ SWITCHES = [
     {"spatial_exchange": False},
     {"scalar_decay": True},
     {"patch_size": 2},
+    {"patch_size": 2, "decoder_layers": 3, "decoder_ratio": 1.6},
 ]
 
 
@@ -94,7 +95,7 @@ def test_patches_are_the_pixels_of_their_place():
     patches = _patches(image, 3)
     assert patches.shape == (2, 2, 3, 9)
     assert torch.equal(patches[:, 1, 2, [0, 1, 3]], image[:, 0, [3, 3, 4], [6, 6, 6]])  # the last column repeats
-    decoder = Decoder(9, 9, 3)
+    decoder = Decoder(ModelConfig(d_model=9, patch_size=3))
     decoder.features = torch.nn.Identity()
     with torch.no_grad():
         decoder.image.bias.zero_()
