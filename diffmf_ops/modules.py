@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I) by weight (O, I), or x (M, ..., I) by weight (M, O, I) as one batched GEMM; bias ([M,] O)."""
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
-    tokens = _runs(x)
+    tokens = _runs(x) if wants_gradient((weight,)) else x.flatten(1, -2)
     runs = len(tokens) // len(weight)
     weight = _repeated(weight.mT, runs)
     y = torch.bmm(tokens, weight) if bias is None else torch.baddbmm(_repeated(bias, runs)[:, None], tokens, weight)

@@ -1,8 +1,7 @@
 """Renders the gallery and fuses it: `python docs/gallery.py [SCENE ...]` (default: all; "sample" is the bundled pair).
 
-Writes docs/gallery/SCENE_{ir,vi}.png, SCENE_fused.png for each set of weights (SCENE_fused-s.png for the small set,
-SCENE_fused-t.png for the tiny one), and the strip SCENE.png that README.md and docs/gallery.md show. The bundled pair
-is not rendered again.
+Writes docs/gallery/SCENE_{ir,vi}.png, SCENE_fused.png, SCENE_fused-s.png for the small set of weights, and the strip
+SCENE.png that README.md and docs/gallery.md show. The bundled pair is not rendered again.
 """
 
 import sys
@@ -19,7 +18,6 @@ FOLDER = Path(__file__).parent / "gallery"
 WEIGHTS = {  # suffix of the picture's name: caption, weights
     "fused": ("fused", "full"),
     "fused-s": ("fused, small", "small"),
-    "fused-t": ("fused, tiny", "tiny"),
 }
 PANEL, GAP, CAPTION = (320, 240), 6, 18
 
