@@ -289,14 +289,16 @@ def markdown_table(title: str, means: dict[str, dict[str, float]], others: list[
 
 def standing(means: dict[str, dict[str, float]]) -> str:
     """Where the model stands: its first places among the methods alone, and its mean rank with the baselines too."""
-    alone = column_ranks({method: row for method, row in means.items() if method not in BASELINES})[MODEL]
-    first = [metric for metric in RANKED if alone[metric] == 1]
     averages = mean_ranks(means)
     place = 1 + sum(other < averages[MODEL] for other in averages.values())
+    ranked = f"number {place} of {len(means)} by mean rank, the no-learning rules included."
+    if means.keys() <= {MODEL, *BASELINES}:
+        return f"{MODEL} is {ranked} No other method was scored."
+    alone = column_ranks({method: row for method, row in means.items() if method not in BASELINES})[MODEL]
+    first = [metric for metric in RANKED if alone[metric] == 1]
     return (
         f"{MODEL} is first among the {len(means.keys() - BASELINES.keys())} methods in {len(first)} of {len(RANKED)} "
-        f"columns ({', '.join(first) or 'none'}), and number {place} of {len(means)} by mean rank, the no-learning "
-        "rules included."
+        f"columns ({', '.join(first) or 'none'}), and {ranked}"
     )
 
 

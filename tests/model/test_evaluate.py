@@ -124,6 +124,8 @@ def test_published_rows_of_the_same_pairs_are_ranked_and_others_are_not():
         "first among the 10 methods in 8 of 8 columns (EN, SD, SF, MI, VIF, AG, SCD, Qabf), and number 2 of 11 by"
     )
     assert f"DIFF-MF is {expected} mean rank" in text
+    alone = markdown_table("t", means | {"mean (no learning)": dict.fromkeys(METRICS, 40.0)}, [])
+    assert "DIFF-MF is number 1 of 2 by mean rank, the no-learning rules included. No other method" in alone
 
 
 def test_published_rows_and_ablations_are_complete():
