@@ -19,13 +19,12 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .checkpoint import add_device_argument, add_weights_argument, load_model, resolve_weights, select_device
 from .data import FOLDERS, Pair, listed, match_folders
 from .errors import UserError
-from .fuse import fuse_images
-from .images import atomic_write, make_folder, write_png
+from .fuse import fuse_all
+from .images import atomic_write, make_folder
 
 RECORD = "export.json"
 SPLIT = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -69,13 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if folder in labels:
             write_yolo(target.parent, labels[folder], args.seed)
     missing = [(pair, path) for pair, path in targets if not path.exists()]
-    failed = 0
-    for pair, path in tqdm(missing, desc="fusing", unit="pair"):
-        try:
-            write_png(path, fuse_images(pair.ir, pair.vi, model, device, args.grey))
-        except UserError as error:
-            failed += 1
-            tqdm.write(f"diffmf: {pair.name}: {error}", file=sys.stderr)
+    failed = fuse_all(missing, model, device, args.grey)
     there = len(targets) - len(missing)
     print(f"{output.resolve()}: {len(missing) - failed} pairs fused, {there} were there, of {len(targets)}")
     if failed:

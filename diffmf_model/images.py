@@ -137,8 +137,9 @@ def make_folder(folder: str | os.PathLike) -> Path:
 def write_png(path: str | os.PathLike, image: torch.Tensor) -> None:
     """Writes a picture (C, H, W) in [0, 1] as an 8-bit PNG, atomically. Raises UserError when it cannot."""
     samples = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    picture = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
     with atomic_write(path) as file:
-        Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples).save(file, format="PNG")
+        picture.save(file, format="PNG", compress_level=3)  # a third of the time of the usual 6, a tenth more bytes
 
 
 def list_images(folder: str | os.PathLike) -> dict[str, Path]:

@@ -110,6 +110,22 @@ def test_folders_carry_on_past_bad_pairs(tmp_path, pairs, picture, average, comm
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.png", "d.png"]
 
 
+def test_folders_of_more_pairs_than_threads(tmp_path, pairs, average, command, monkeypatch):
+    monkeypatch.setattr("diffmf_model.fuse.THREADS", 2)
+    names = list("abcdefg")
+    root, out = pairs(names), tmp_path / "out"
+    (root / "vi/b.png").write_bytes(b"not a picture")
+    (out / "d.png").mkdir(parents=True)
+    threads = torch.get_num_threads()
+    status, stdout, stderr = command("fuse", root / "ir", root / "vi", "--output", out)
+    assert status == 1 and "fused 5 of 7 pairs" in stdout
+    assert "diffmf: b: " in stderr and "diffmf: d: " in stderr and "2 of 7 pairs failed" in stderr
+    for name in set(names) - {"b", "d"}:
+        alone = fuse_images(root / f"ir/{name}.png", root / f"vi/{name}.png", average)
+        assert torch.equal(to_uint8(read_image(out / f"{name}.png")), to_uint8(alone))
+    assert torch.get_num_threads() == threads  # the threads that read and write have one each
+
+
 def test_bad_pairs_and_arguments(tmp_path, pairs, picture, average, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = pairs(["a"])
