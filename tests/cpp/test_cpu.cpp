@@ -116,8 +116,9 @@ void fill(Case& c) {
   c.tensors[kDelta] = random_values(p.rank ? 0 : pixels(p) * p.paths * p.channels, p.softplus ? -1 : 0.01, 1);
   c.tensors[kDtWeight] = random_values(rows * p.rank, -0.5, 0.5);
   c.tensors[kDtBias] = random_values(c.bias ? rows : 0, p.softplus ? -3 : 0, p.softplus ? 0 : 0.2);
-  // No weaker decay: sums over a memory of thousands of tokens cancel now and then, and leave little but rounding.
-  c.tensors[kA] = random_values(rows * p.decays(), -2, -0.1);
+  // Weak decays where they are computed differently, by zoh: elsewhere a long memory's sums cancel now and then, and
+  // leave little but rounding.
+  c.tensors[kA] = random_values(rows * p.decays(), -2, p.discretization == Discretization::zoh ? -1e-4 : -0.1);
   c.tensors[kD] = random_values(c.skip ? rows : 0, -1, 1);
   c.dy = random_values(pixels(p) * p.channels, -1, 1);
 }
