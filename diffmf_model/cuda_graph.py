@@ -13,7 +13,8 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any
     """`function(*inputs)` as a CUDA graph: the result replays it for other CUDA or pinned tensors of the same shapes.
 
     Every replay returns the same tensors, overwritten. Gradients that the function resets and computes are rewritten
-    too. The function must not wait for the device or choose anything by a tensor's value.
+    too. The function must not wait for the device or choose anything by a tensor's value, and must enter autocast
+    itself: what autocast keeps of the weights is gone when it ends, and the graph would read it.
     """
     inputs = [each.clone() for each in inputs]
     stream = torch.cuda.Stream()
