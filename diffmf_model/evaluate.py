@@ -292,12 +292,13 @@ def standing(means: dict[str, dict[str, float]]) -> str:
     averages = mean_ranks(means)
     place = 1 + sum(other < averages[MODEL] for other in averages.values())
     ranked = f"number {place} of {len(means)} by mean rank, the no-learning rules included."
-    if means.keys() <= {MODEL, *BASELINES}:
+    methods = {method: row for method, row in means.items() if method not in BASELINES}
+    if len(methods) == 1:
         return f"{MODEL} is {ranked} No other method was scored."
-    alone = column_ranks({method: row for method, row in means.items() if method not in BASELINES})[MODEL]
+    alone = column_ranks(methods)[MODEL]
     first = [metric for metric in RANKED if alone[metric] == 1]
     return (
-        f"{MODEL} is first among the {len(means.keys() - BASELINES.keys())} methods in {len(first)} of {len(RANKED)} "
+        f"{MODEL} is first among the {len(methods)} methods in {len(first)} of {len(RANKED)} "
         f"columns ({', '.join(first) or 'none'}), and {ranked}"
     )
 

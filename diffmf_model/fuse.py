@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import add_device_argument, add_weights_argument, load_model, select_device
+from .checkpoint import ASSETS, add_device_argument, add_weights_argument, load_model, select_device
 from .data import Pair, check_same_size, listed, match_folders
 from .errors import UserError
 from .images import is_colour, luma, make_folder, read_image, rgb_to_ycbcr, write_png, ycbcr_to_rgb
 
-ASSETS = Path(__file__).parent / "assets"
 SAMPLE = Pair("sample", ASSETS / "sample_ir.png", ASSETS / "sample_vi.png")
 THREADS = min(16, os.cpu_count() or 1)  # that read and write pictures
 
@@ -75,9 +74,7 @@ def fuse_images(
     Raises UserError for unreadable files, sizes that differ, too little GPU memory and weights that give NaN.
     """
     model = load_model(None, device) if model is None else model
-    names = [str(image) if isinstance(image, str | Path) else name for name, image in (("ir", ir), ("vi", vi))]
-    ir, vi = (read_image(image) if isinstance(image, str | Path) else image for image in (ir, vi))
-    check_same_size(*names, ir.shape[1:], vi.shape[1:])
+    ir, vi = _read_pair(ir, vi)
     return _finished(fuse_luma(model, luma(ir), luma(vi), device).cpu(), vi, grey)
 
 
@@ -100,7 +97,7 @@ def fuse_all(work: list[tuple[Pair, Path]], model: torch.nn.Module, device: str 
 
 
 def _fuse_each(pool, work, model, device, grey) -> Iterator[tuple[Pair, UserError | None]]:
-    reading = ((pair, path, pool.submit(_read_pair, pair)) for pair, path in work)
+    reading = ((pair, path, pool.submit(_read_pair, pair.ir, pair.vi)) for pair, path in work)
     writing: deque[tuple[Pair, Future]] = deque()
     for pair, path, images in _ahead(reading):
         try:
@@ -125,10 +122,11 @@ def _ahead(items: Iterator) -> Iterator:
         yield item
 
 
-def _read_pair(pair: Pair) -> list[torch.Tensor]:
-    images = [read_image(path) for path in pair[1:]]
-    check_same_size(*(str(path) for path in pair[1:]), *(image.shape[1:] for image in images))
-    return images
+def _read_pair(ir: str | Path | torch.Tensor, vi: str | Path | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    names = [str(image) if isinstance(image, str | Path) else name for name, image in (("ir", ir), ("vi", vi))]
+    ir, vi = (read_image(image) if isinstance(image, str | Path) else image for image in (ir, vi))
+    check_same_size(*names, ir.shape[1:], vi.shape[1:])
+    return ir, vi
 
 
 def _write_fused(path: Path, y: torch.Tensor, vi: torch.Tensor, grey: bool) -> None:

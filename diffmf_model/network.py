@@ -15,15 +15,15 @@ from .spatial_exchange import SpatialExchange
 class Decoder(nn.Module):
     """Features (B, H, W, C) -> image (B, 1, H P, W P) in [0, 1], P = config.patch_size; float32 under autocast too.
 
-    Where P is above 1, the sources' P² pixels of each patch come beside the features: (B, H, W, C + 2 P²).
+    Where it reads pixels (P above 1), the sources' P² of each patch come beside the features: (B, H, W, C + 2 P²).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch_size = config.patch_size
         pixels = self.patch_size**2
-        # Not every pixel's detail has room in the C channels of a patch.
-        inputs = config.d_model + (2 * pixels if pixels > 1 else 0)
+        self.reads_pixels = pixels > 1  # not every pixel's detail has room in the C channels of a patch
+        inputs = config.d_model + (2 * pixels if self.reads_pixels else 0)
         width = max(1, round(config.decoder_ratio * config.d_model))
         widths = [inputs] + [width] * config.decoder_layers
         self.features = nn.Sequential(*(ConvLayer(*each) for each in pairwise(widths)))
@@ -71,7 +71,7 @@ class DIFFMF(nn.Module):
             features, shared = stage(features, shared)
         features = self.channel_exchange(features)
         fused = features.mean(0) if self.spatial_exchange is None else self.spatial_exchange(features)
-        if self.config.patch_size > 1:
+        if self.decoder.reads_pixels:
             fused = torch.cat([fused, ir.to(fused.dtype), vi.to(fused.dtype)], dim=-1)
         return self.decoder(fused)[..., :height, :width]
 
