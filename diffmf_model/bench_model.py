@@ -22,7 +22,7 @@ from diffmf_ops import modules, reference
 
 from . import peers
 from .checkpoint import add_device_argument, select_device
-from .config import Config, load_config
+from .config import Config, add_config_argument, load_config
 from .cuda_graph import captured
 from .errors import UserError
 from .images import make_folder
@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", metavar="HxW", help="also the network on the PyTorch reference of the scan, at this size (slow)"
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
-    )
+    add_config_argument(parser)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write the numbers to DIR/model[_CONFIG]_{cpu,cuda}.json"
     )

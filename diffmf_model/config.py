@@ -5,6 +5,7 @@ Every error is a UserError that names the key, what was found and what was expec
 
 from __future__ import annotations
 
+import argparse
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -107,6 +108,11 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
 
 
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares --config, for `load_config`."""
+    parser.add_argument("--config", metavar="FILE", help=f"TOML file, or a bundled configuration: {_bundled_names()}")
+
+
 def load_config(file: str | Path | None = None, overrides: list[str] = (), base: Config | None = None) -> Config:
     """`base` (the defaults), then the TOML file's values, then the `section.key=value` overrides.
 
@@ -182,14 +188,19 @@ def _names(section: type) -> str:
     return ", ".join(f.name for f in fields(section))
 
 
+def _bundled_names() -> str:
+    return ", ".join(sorted(p.stem for p in BUNDLED.glob("*.toml")))
+
+
 def _read_toml(file: str | Path) -> dict[str, Any]:
     bundled = BUNDLED / f"{file}.toml"
     path = bundled if bundled.is_file() and not Path(file).exists() else Path(file)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        choices = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.toml")))
         reason = error.strerror or error
-        raise UserError(f"{file}: cannot be read ({reason}); expected a TOML file or one of {choices}") from error
+        raise UserError(
+            f"{file}: cannot be read ({reason}); expected a TOML file or one of {_bundled_names()}"
+        ) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{file}: not a TOML file ({error})") from error

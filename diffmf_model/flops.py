@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from diffmf_ops.modules import SS2D, VSSBlock
 
-from .config import ModelConfig, load_config
+from .config import ModelConfig, add_config_argument, load_config
 from .errors import UserError
 from .network import DIFFMF
 
@@ -48,9 +48,7 @@ class Cost:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
-    )
+    add_config_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as model.stages=2")
 
 

@@ -38,7 +38,7 @@ from .checkpoint import (
     save_training_state,
     select_device,
 )
-from .config import Config, TrainConfig, load_config, to_dict, updated
+from .config import Config, TrainConfig, add_config_argument, load_config, to_dict, updated
 from .cuda_graph import captured
 from .data import PairDataset, RandomCrops
 from .errors import UserError
@@ -51,9 +51,7 @@ from .timing import environment
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="ROOT", help="data set with ir/, vi/ and optionally splits/")
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML file, or a bundled configuration: paper, roadscene, small"
-    )
+    add_config_argument(parser)
     parser.add_argument("--output", default="runs/diffmf", metavar="DIR", help="run folder (default: %(default)s)")
     add_device_argument(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in the run folder")
