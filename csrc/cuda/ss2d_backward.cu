@@ -220,6 +220,7 @@ __device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& p
   stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x,
                  channel_rows(p.rank));
   if (threadIdx.x == 0) *walk = Walk(p, track, chunk, part, stage_of<kReads>(p), tile_of(kReads));
+  copies_wait();
   __syncthreads();
   return *walk;
 }
@@ -248,7 +249,7 @@ __device__ inline void issue_tile(const BackwardParams& p, const Place& place, c
     const Run run = walk.runs[kReads == Reads::b_x ? kB + i : kReads == Reads::all ? kX + i : i < 2 ? kLow + i : kC];
     const char* const from = run.from + int64_t{pixel} * run.pixel;
     char* const to = place.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    const uint32_t at = shared_address(to);
     if (run.granule == 16) {
       copy_some<16>(at, from, run.bytes, lane, kLanes);
     } else if (run.granule == 8) {
@@ -1220,6 +1221,14 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
   write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
 }
 
+// from + count, opaque to the compiler: of a row of addresses, only the next one is kept in a register.
+template <typename T>
+__device__ inline T* opaque_next(T* from, int64_t count) {
+  T* next;
+  asm volatile("add.s64 %0, %1, %2;" : "=l"(next) : "l"(from), "l"(count * int64_t{sizeof(T)}));
+  return next;
+}
+
 // The parameter gradients from their parts. One grid's work; `scratch` holds four floats a thread.
 __device__ inline void add_parts(const BackwardParams& p, float4* scratch) {
   constexpr int kTogether = 8;  // loads in flight
@@ -1340,7 +1349,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       }
     }
     cooperative_groups::this_grid().sync();
-    prefix_chunks<kSharedDecay, 12>(p, true, reinterpret_cast<float2*>(place.shared + p.history_at));
+    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float*>(shared_base));
     clear();
     cooperative_groups::this_grid().sync();
   }
@@ -1484,11 +1493,10 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   if (layout.states_per_thread > 1)
     params.scratch_at = shared.reserve(layout.threads / 32 * kBatch * (32 * layout.states_per_thread + kBatchPad) * 4);
   shared.count = std::max(shared.count, wide.count);
-  // Also the scratch of prefix_chunks.
   const int history = layout.states_per_thread == 1
                           ? 0
                           : (kTilesPerPiece - 1) * layout.states_per_thread * layout.channels_per_thread * 4;
-  params.history_at = shared.reserve(std::max(history, int{sizeof(float2)}) * layout.threads);
+  params.history_at = shared.reserve(history * layout.threads);
   layout.shared_bytes = static_cast<size_t>(shared.count);
 }
 

@@ -190,14 +190,7 @@ __device__ inline int opaque(int v) {
   return v;
 }
 
-// Likewise from + count: of a row of addresses, only the next one is kept in a register.
-template <typename T>
-__device__ inline T* opaque_next(T* from, int64_t count) {
-  T* next;
-  asm volatile("add.s64 %0, %1, %2;" : "=l"(next) : "l"(from), "l"(count * int64_t{sizeof(T)}));
-  return next;
-}
-
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 template <int kBytes>
 __device__ inline void copy_async(uint32_t to, const char* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async copies");
@@ -295,39 +288,55 @@ __device__ inline void write_floats(float* to, const float (&v)[CH]) {
 // What the steps and the skip of the block's channels need, in shared memory: rows of block_channels values.
 constexpr int kBiasRow = 0, kSkipRow = 1, kWeightRows = 2;  // dt_bias, D, and dt_weight for r = 0 .. R - 1
 constexpr int kMinRank = 8;                                 // ranks below are staged as this one: with zeros
-// `rows` of them, zeros for what does not exist; one of `threads` threads' share.
+// `rows` of them, zeros for what does not exist; one of `threads` threads' share. What exists is copied asynchronously.
 __device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads,
                                       int rows) {
+#pragma unroll 1
   for (int i = thread; i < rows * p.block_channels; i += threads) {
     const int row = i / p.block_channels, r = row - kWeightRows, d = track.first_d + i - row * p.block_channels;
+    const float* const from = row == kBiasRow ? p.dt_bias : row == kSkipRow ? p.d : p.dt_weight;
     const int64_t mkd = track.mk(p) * p.channels + d;
-    float value = 0.f;
-    if (d < p.channels) {
-      if (row == kBiasRow && p.dt_bias != nullptr) value = p.dt_bias[mkd];
-      if (row == kSkipRow && p.d != nullptr) value = p.d[mkd];
-      if (r >= 0 && r < p.rank) value = p.dt_weight[mkd * p.rank + r];
+    if (d < p.channels && r < p.rank && from != nullptr) {
+      copy_async<4>(shared_address(to + i), reinterpret_cast<const char*>(from + (r < 0 ? mkd : mkd * p.rank + r)));
+    } else {
+      to[i] = 0.f;
     }
-    to[i] = value;
   }
+  copies_commit();
 }
 // The A of this thread's states in units of log2(e) (zero for what does not exist): decay = exp2(step * a).
 // `d` is the thread's first channel, `lane` its place among the lanes of the channel.
 template <int NS, int CH, bool kSharedDecay>
 __device__ inline void load_decays(const Params& p, const Track& track, int d, int lane,
                                    float (&a)[CH][kSharedDecay ? 1 : NS]) {
+  constexpr int kDecays = kSharedDecay ? 1 : NS;
+  const int states = kSharedDecay ? 1 : p.states, first = kSharedDecay ? 0 : lane * NS;
+  const bool quads = states % 4 == 0 && reinterpret_cast<uintptr_t>(p.a) % 16 == 0;
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
-    const int64_t mkd = track.mk(p) * p.channels + d + c;
-    if constexpr (kSharedDecay) {
-      a[c][0] = d + c < p.channels ? p.a[mkd] * kLog2e : 0.f;
-    } else {
+    const float* const from = p.a + (track.mk(p) * p.channels + d + c) * states + first;
+    const int exist = d + c < p.channels ? states - first : 0;
+    if constexpr (kDecays % 4 == 0) {  // each by a load of its own, all would wait for one another
+      if (quads) {
 #pragma unroll
-      for (int i = 0; i < NS; ++i) {
-        const int n = lane * NS + i;
-        a[c][i] = d + c < p.channels && n < p.states ? p.a[mkd * p.states + n] * kLog2e : 0.f;
+        for (int i = 0; i < kDecays; i += 4) {
+          const float4 quad =
+              i < exist ? __ldg(reinterpret_cast<const float4*>(from + i)) : make_float4(0.f, 0.f, 0.f, 0.f);
+          a[c][i] = quad.x;
+          a[c][i + 1] = quad.y;
+          a[c][i + 2] = quad.z;
+          a[c][i + 3] = quad.w;
+        }
+        continue;
       }
     }
+#pragma unroll
+    for (int i = 0; i < kDecays; ++i) a[c][i] = i < exist ? __ldg(from + i) : 0.f;
   }
+#pragma unroll
+  for (int c = 0; c < CH; ++c)
+#pragma unroll
+    for (int i = 0; i < kDecays; ++i) a[c][i] *= kLog2e;
 }
 
 // This thread's states from and to memory laid out [N, D].
@@ -372,82 +381,96 @@ __device__ inline void store_state(const Params& p, float* plane, int d, int lan
   }
 }
 
+template <int kBytes>
+struct Bytes {
+  static constexpr int value = kBytes;
+};
+
 // Turns the summaries of the chunks (end state from a zero start; the decay of a chunk is exp(A * its sum of steps))
 // into the state that enters each chunk, in place; along the scan, or against it for the gradients (`backwards`). The
 // last chunk has no summary.
-// Threads of a block stand for neighbouring channels times `segments` runs of kRun chunks, which the thread keeps in
-// registers: each folds its run, the block scans the runs, each walks its run again; then the next runs, as many as it
-// takes. `scratch` holds 2 floats a thread.
-// kRun: as long as a run can be in the registers that the kernel needs anyway; more would cost warps or spill.
-template <bool kSharedDecay, int kRun>
-__device__ inline void prefix_chunks(const Params& p, bool backwards, float2* scratch) {
-  const int64_t plane = int64_t{p.states} * p.channels;
-  const int64_t sequences = int64_t{p.modalities} * p.batch * p.paths * plane;
-  // As many runs as keep every thread of the grid busy, and four neighbouring sequences a block at least.
-  int segments = 1;
-  while (segments * 8 <= static_cast<int>(blockDim.x) && segments * kRun < p.chunks &&
-         sequences * segments < int64_t{gridDim.x} * blockDim.x)
-    segments *= 2;
-  const int across = static_cast<int>(blockDim.x) / segments;
-  const int segment = static_cast<int>(threadIdx.x) / across, place = static_cast<int>(threadIdx.x) % across;
-  const int64_t rounds = (sequences + across - 1) / across;
-  for (int64_t round = blockIdx.x; round < rounds; round += gridDim.x) {
-    const int64_t i = round * across + place;
-    const bool exists = i < sequences && segment < segments;
-    const int64_t mbk = exists ? i / plane : 0, in_plane = exists ? i % plane : 0;
-    const int n = static_cast<int>(in_plane / p.channels), d = static_cast<int>(in_plane % p.channels);
-    const int k = static_cast<int>(mbk % p.paths);
-    const int64_t mkd = (mbk / p.paths / p.batch * p.paths + k) * p.channels + d;
+// A block takes `across` neighbouring values of the states' plane at a time, at least a sector of memory. As many
+// chunks of them as its shared memory holds are copied there, each thread folds a run of these, the block scans the
+// runs, each thread walks its run again; then the next chunks. All of the block's shared memory is overwritten, and
+// threads may still read it on return.
+template <bool kSharedDecay>
+__device__ inline void prefix_chunks(const Params& p, bool backwards, float* shared) {
+  const int plane = p.states * p.channels, sequences = p.modalities * p.batch * p.paths * plane;
+  int shared_bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(shared_bytes));
+  const int threads = static_cast<int>(blockDim.x);
+  int across = 8;  // more where blocks would take several turns, but then of one state
+  while (across < threads && p.channels % (2 * across) == 0 && sequences / across > static_cast<int>(gridDim.x))
+    across *= 2;
+  const int runs = threads / across, run = static_cast<int>(threadIdx.x) / across;
+  const int place = static_cast<int>(threadIdx.x) % across;
+  // An odd number of chunks in a run: then runs begin in different banks.
+  const int most = (shared_bytes / 4 - 2 * threads) / (2 * threads), wanted = (p.chunks + runs - 1) / runs;
+  const int length = min((most - 1) | 1, wanted | 1), at_once = length * runs;
+  float2* const folds = reinterpret_cast<float2*>(shared);
+  float* const summaries = shared + 2 * threads;
+  float* const decays = summaries + at_once * across;  // first the steps
+  const bool quads = p.channels % across == 0;         // then values have all but the channel in common
+
+#pragma unroll 1
+  for (int first = blockIdx.x * across; first < sequences; first += gridDim.x * across) {
+    const int i = min(first + place, sequences - 1);  // past the end: the last once more, not written
+    const int mbk = i / plane, in_plane = i - mbk * plane, n = in_plane / p.channels, d = in_plane - n * p.channels;
+    const int mb = mbk / p.paths, k = mbk - mb * p.paths;
+    const int64_t mkd = int64_t{mb / p.batch * p.paths + k} * p.channels + d;
     const float a = (kSharedDecay ? p.a[mkd] : p.a[mkd * p.states + n]) * kLog2e;
     const bool descending = (p.path[k] >= 2) != backwards;
-    float carry = 0.f;  // what enters the first of the runs
+    const int64_t at = int64_t{mbk} * p.chunks + (descending ? p.chunks - 1 : 0);
+    const int64_t next_state = descending ? -plane : plane, next_steps = descending ? -p.channels : p.channels;
+    float* const states = p.chunk_state + at * plane + in_plane;
+    const float* const steps = p.chunk_steps + at * p.channels + d;
+    float carry = 0.f;  // what enters the first of the chunks
 #pragma unroll 1
-    for (int first = segment * kRun; first - segment * kRun < p.chunks; first += segments * kRun) {
-      const int chunks = exists ? p.chunks - first : 0, summaries = exists ? chunks - 1 : 0;  // from this run on
-      const int64_t at = mbk * p.chunks + (descending ? p.chunks - 1 - first : first);
-      const int64_t next_state = descending ? -plane : plane, next_steps = descending ? -p.channels : p.channels;
-      float* const state = p.chunk_state + at * plane + in_plane;
-      const float* from = state;
-      const float* steps = p.chunk_steps + at * p.channels + d;
-      float summary[kRun], decay[kRun], folded = 0.f, step_sum = 0.f;
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        if (j < summaries) {
-          summary[j] = __ldcg(from);
-          decay[j] = __ldcg(steps);
+    for (int begin = 0; begin < p.chunks; begin += at_once) {
+      const int chunks = min(p.chunks - begin, at_once), known = min(p.chunks - 1 - begin, at_once);
+      __syncthreads();  // nobody reads what was here before
+      auto copy = [&](auto bytes, int first_chunk, int chunks_apart, int to) {
+#pragma unroll 2
+        for (int j = first_chunk; j < known; j += chunks_apart) {
+          const char* const state = reinterpret_cast<const char*>(states + (to - place) + (begin + j) * next_state);
+          const char* const step = reinterpret_cast<const char*>(steps + (to - place) + (begin + j) * next_steps);
+          copy_async<decltype(bytes)::value>(shared_address(summaries + j * across + to), state);
+          copy_async<decltype(bytes)::value>(shared_address(decays + j * across + to), step);
         }
-        from = opaque_next(from, next_state);
-        steps = opaque_next(steps, next_steps);
-      }
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        if (j < summaries) {
-          step_sum += decay[j];
-          decay[j] = exp2_fast(a * decay[j]);
-          folded = fmaf(decay[j], folded, summary[j]);
-        }
-      }
-      const float run_decay = exp2_fast(a * step_sum);
-      float running = carry;
-      if (segments == 1) {
-        carry = fmaf(run_decay, carry, folded);
+      };
+      if (quads) {
+        copy(Bytes<16>(), threadIdx.x / (across / 4), threads / (across / 4), threadIdx.x % (across / 4) * 4);
       } else {
-        scratch[threadIdx.x] = make_float2(run_decay, folded);
-        __syncthreads();
-#pragma unroll 4
-        for (int s = 0; s < segments; ++s) {
-          if (s == segment) running = carry;
-          const float2 run = scratch[s * across + place];
-          carry = fmaf(run.x, carry, run.y);
-        }
-        __syncthreads();
+        copy(Bytes<4>(), run, runs, place);
       }
-      float* to = state;
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        if (j < chunks) *to = running;
-        to = opaque_next(to, next_state);
-        if (j < summaries) running = fmaf(decay[j], running, summary[j]);
+      copies_commit();
+      copies_wait();
+      __syncthreads();
+      const int from = run * length, to = min(from + length, known);
+      float folded = 0.f, step_sum = 0.f;
+#pragma unroll 4
+      for (int j = from; j < to; ++j) {
+        float& step = decays[j * across + place];
+        const float decay = exp2_fast(a * step);
+        step_sum += step;
+        step = decay;
+        folded = fmaf(decay, folded, summaries[j * across + place]);
+      }
+      folds[threadIdx.x] = make_float2(exp2_fast(a * step_sum), folded);
+      __syncthreads();
+      float running = carry;
+#pragma unroll 4
+      for (int r = 0; r < runs; ++r) {
+        if (r == run) running = carry;
+        const float2 fold = folds[r * across + place];
+        carry = fmaf(fold.x, carry, fold.y);
+      }
+      if (first + place < sequences) {
+#pragma unroll 4
+        for (int j = from; j < min(from + length, chunks); ++j) {
+          states[(begin + j) * next_state] = running;
+          if (j < known) running = fmaf(decays[j * across + place], running, summaries[j * across + place]);
+        }
       }
     }
   }

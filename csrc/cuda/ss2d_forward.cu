@@ -11,7 +11,8 @@
 // own: no block barriers. A block is two warps. Paths are taken in rounds; where an axis has paths of both senses, a
 // round is such a pair: the warps of a block walk the same chunk from its two ends and change halves in the middle,
 // behind a barrier. The first to visit a token stores its part of y, later ones add theirs with a reduction that
-// returns nothing; barriers order them, so each element of y is summed in the same order on every run.
+// returns nothing, and the last one of a 16-bit y reads the sum and writes y; barriers order them, so each element of y
+// is summed in the same order on every run.
 //
 // The kernel takes how a warp scans as its parameter: token by token (ss2d_recurrence.cuh), or a tile at a time by
 // matrix products (ss2d_matrix.cuh).
@@ -37,16 +38,22 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   const int tasks = p.modalities * p.batch * p.groups * p.chunks;  // (sequence, chunk)
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
-  for (int i = in_warp * 4; i < p.warp_bytes; i += 32 * 4) *reinterpret_cast<float*>(seat.shared + i) = 0.f;
-  __syncwarp();
-  // The track of a path of a sequence (modality, batch item, channel block), the last fastest.
-  auto track_of = [&](int sequence, int path) {
-    const Track track(p, sequence / p.groups, path, sequence % p.groups);
+  auto clear = [&] {
+    for (int i = in_warp * 16; i < p.warp_bytes; i += 32 * 16)
+      *reinterpret_cast<float4*>(seat.shared + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+    __syncwarp();
+  };
+  clear();
+  // Of a path of a sequence (modality, batch item, channel block), the last fastest.
+  auto track_of = [&](int sequence, int path) { return Track(p, sequence / p.groups, path, sequence % p.groups); };
+  // Before the first walk along a track: starts the copies of its first tile, if there is one, and of what its steps
+  // and its skip need.
+  auto enter = [&](const Track& track, const auto& tiles, Visit visit, bool works) {
     __syncwarp();  // nobody reads what the walk before needed
-    stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32, staged_rows(p.rank));
     if (in_warp == 0) *reinterpret_cast<ForwardBases*>(seat.shared + p.bases_at) = ForwardBases(p, track);
     __syncwarp();
-    return track;
+    if (works && tiles.count() > 0) tiles.issue(p, seat, track, visit, 0);
+    stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32, staged_rows(p.rank));
   };
 
   if (p.chunks > 1) {
@@ -55,15 +62,18 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       const int nth = item / p.paths, path = item % p.paths, sequence = nth / summaries;
       const Track track = track_of(sequence, path);
       const int chunk = nth - sequence * summaries + (track.reversed ? 1 : 0);
+      const Tiles<Scan, false> tiles(track, p.begin_of(chunk), p.begin_of(chunk + 1));
+      enter(track, tiles, {}, true);
       Scan scan(p, seat, track);
-      scan.template advance<false>(p, seat, track, p.begin_of(chunk), p.begin_of(chunk + 1), false);
+      scan.template advance<false>(p, seat, track, tiles, {});
       const int64_t at = track.mbk(p) * p.chunks + chunk;
       scan.store(p, seat, p.chunk_state + at * plane);
       scan.store_steps(p, seat, p.chunk_steps + at * p.channels);
     }
     grid.sync();
-    prefix_chunks<Scan::kSharedDecay, Scan::kRun>(
-        p, false, reinterpret_cast<float2*>(reinterpret_cast<char*>(shared_base) + kWarps * p.warp_bytes));
+    prefix_chunks<Scan::kSharedDecay>(p, false, reinterpret_cast<float*>(shared_base));
+    __syncthreads();
+    clear();
     grid.sync();
   }
 
@@ -79,31 +89,26 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       const int chunk = task % p.chunks;
       const int begin = p.begin_of(chunk), end = p.begin_of(chunk + 1);
       const int middle = min(begin + (end - begin + 2 * kTile - 1) / (2 * kTile) * kTile, end);
+      auto half_of = [&](int part) {
+        const bool upper = (part == 1) != track.reversed;
+        return Tiles<Scan, true>(track, upper ? middle : begin, upper ? end : middle);
+      };
+      auto visit_of = [&](int part) {
+        return Visit{r == 0 && (part == 0 || !pair), r == p.rounds - 1 && (part == 1 || !pair)};
+      };
+      enter(track, half_of(0), visit_of(0), works);
       Scan scan(p, seat, track);
       if (works && p.chunks > 1) scan.load(p, seat, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane);
 #pragma unroll 1
       for (int part = 0; part < 2; ++part) {
-        const bool upper = (part == 1) != track.reversed;
-        const int from = upper ? middle : begin, to = upper ? end : middle;
-        if (works && from < to) scan.template advance<true>(p, seat, track, from, to, r == 0 && (part == 0 || !pair));
+        const Tiles<Scan, true> tiles = half_of(part);
+        if (works && part == 1 && tiles.count() > 0) tiles.issue(p, seat, track, visit_of(part), 0);
+        if (works && tiles.count() > 0) scan.template advance<true>(p, seat, track, tiles, visit_of(part));
         __syncthreads();  // the other warp's half is written
       }
       const bool final_chunk = chunk == (track.reversed ? 0 : p.chunks - 1);
       if (works && p.last_state != nullptr && final_chunk) scan.store(p, seat, p.last_state + track.mbk(p) * plane);
     }
-  }
-
-  if (p.half) {  // the sum over paths is complete: write it in its own type
-    grid.sync();
-    const int64_t count = int64_t{p.modalities} * p.batch * p.tokens * p.channels;
-    const int64_t stride = int64_t{gridDim.x} * blockDim.x, start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    for (int64_t i = start; i < count / 4; i += stride) {
-      const float4 v = reinterpret_cast<const float4*>(p.sum)[i];
-      const ushort4 bits = {encode(v.x, p.dtype), encode(v.y, p.dtype), encode(v.z, p.dtype), encode(v.w, p.dtype)};
-      static_cast<ushort4*>(p.y)[i] = bits;
-    }
-    for (int64_t i = count / 4 * 4 + start; i < count; i += stride)
-      static_cast<uint16_t*>(p.y)[i] = encode(p.sum[i], p.dtype);
   }
 }
 
@@ -227,6 +232,7 @@ void lay_out(const SS2DProblem& problem, const Layout& layout, ForwardParams& pa
   params.rows_at = shared.reserve(2 * kTile * layout.pitch * element);
   params.decoded_at = element == 2 ? shared.reserve(kTile * (layout.pitch + layout.block_channels) * 4) : 0;
   params.x_at = shared.reserve(2 * kTile * params.x_pitch * element);
+  params.sum_at = element == 2 ? shared.reserve(2 * kTile * layout.block_channels * 4) : 0;
   params.delta_at = problem.rank == 0 ? shared.reserve(2 * kTile * params.x_pitch * element) : 0;
   params.steps_at = alone || matrix ? 0 : shared.reserve(kTile * layout.block_channels * 4);
   params.channels_at = shared.reserve(staged_rows(static_cast<int>(problem.rank)) * layout.block_channels * 4);
@@ -237,7 +243,7 @@ Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
   Layout layout = layout_of(problem);
   const Share share = {layout.states_per_thread, layout.channels_per_thread};
   lay_out(problem, layout, params);
-  layout.shared_bytes = size_t(params.warp_bytes) * kWarps + layout.threads * sizeof(float2);  // for prefix_chunks
+  layout.shared_bytes = size_t(params.warp_bytes) * kWarps;
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel_of(problem, share)), layout);
   params.rounds = 0;
   int tasks_per_block = kWarps;
@@ -254,8 +260,11 @@ Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
   // Chunks are walked twice, so a third of the device without them is as good as all of it with them.
   Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups,
                          int64_t{resident} * tasks_per_block, 3, 2 * kTile);
-  plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, ceil_div(plan.tasks, tasks_per_block)));
-  if (problem.dtype != DType::f32)
+  // Summaries are a warp's work each.
+  const int64_t blocks = std::max(ceil_div(plan.tasks, tasks_per_block),
+                                  plan.chunks > 1 ? ceil_div(plan.tasks * problem.paths, kWarps) : 0);
+  plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, blocks));
+  if (problem.dtype != DType::f32 && problem.paths > 1)
     plan.sum_at = plan.reserve(problem.modalities * problem.batch * problem.tokens() * problem.channels);
   return plan;
 }
@@ -275,6 +284,7 @@ void ss2d_forward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS
   fill_params(params, problem, inputs, plan, floats);
   params.y = outputs.y;
   params.sum = problem.dtype == DType::f32 ? static_cast<float*>(outputs.y) : floats + plan.sum_at;
+  params.sum_granule = granule_of(params.sum, problem.channels * 4, plan.layout.block_channels * 4);
   params.saved_states = static_cast<float*>(outputs.states);
   params.last_state = static_cast<float*>(outputs.last_state);
   launch_cooperative(kernel_of(problem, {plan.layout.states_per_thread, plan.layout.channels_per_thread}), plan, params,

@@ -22,12 +22,13 @@ struct Round {
 struct ForwardParams : Params {
   void* y;              // [M, B, L, D]
   float* sum;           // [M, B, L, D], y while paths are still missing; y itself when it is float
+  int sum_granule;      // bytes of a row of `sum` that can be copied at a time
   float* saved_states;  // [M, B, K, pieces, N, D] or null
   float* last_state;    // [M, B, K, N, D] or null
   Round round[kMaxPaths];
   int rounds;
   // Shared memory of a warp, offsets in bytes. Two tiles of rows and activations are in flight.
-  int bases_at, offsets_at, rows_at, decoded_at, x_at, delta_at, steps_at, channels_at, warp_bytes;
+  int bases_at, offsets_at, rows_at, decoded_at, x_at, sum_at, delta_at, steps_at, channels_at, warp_bytes;
   int x_pitch;  // values from a staged token's activations to the next one's
 };
 
@@ -46,7 +47,7 @@ __device__ inline void copy_granules(uint32_t to, const char* from, int bytes, i
   for (int i = lane * kBytes; i < bytes; i += kBytes * kTokenLanes) copy_async<kBytes>(to + i, from + i);
 }
 __device__ inline void copy_row(void* to, const char* from, int bytes, int granule, int lane) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t at = shared_address(to);
   if (granule == 16) {
     copy_granules<16>(at, from, bytes, lane);
   } else if (granule == 8) {
@@ -81,12 +82,50 @@ inline __host__ __device__ int staged_rows(int rank) {
   return kWeightRows + (rank > kMinRank ? (rank + 3) / 4 * 4 : kMinRank);
 }
 
-// Adds v, CH neighbouring channels, to what is at `to`, aligned; or stores it there. Memory is not clobbered: barriers
-// order these statements, and between barriers the next token's loads may pass them.
+struct ForwardBases : Bases {
+  float* sum;   // first channel of the block
+  uint16_t* y;  // likewise, in 16 bits
+  int64_t mbk;  // number of the track
+  __device__ ForwardBases(const ForwardParams& p, const Track& t) : Bases(p, t) {
+    const int64_t first = (int64_t{t.m} * p.batch + t.b) * p.tokens * p.channels + t.first_d;
+    sum = p.sum + first;
+    y = static_cast<uint16_t*>(p.y) + first;
+    mbk = t.mbk(p);
+  }
+};
+
+// What to do with a path's part of y: the first to visit a token stores it, later ones add theirs, and in 16 bits the
+// last one adds all up and writes y.
+struct Visit {
+  bool first, last;
+  __device__ bool reads(const ForwardParams& p) const { return p.half && last && !first; }
+};
+
+// v, a path's part of y for CH neighbouring channels from `channel` of the block on, which exist, at `offset` in y;
+// `before` is what other paths left there, if it was read. Memory is not clobbered: barriers order these statements,
+// and between barriers the next token's loads may pass them.
 template <int CH>
-__device__ inline void merge(float* to, bool store, const float (&v)[CH]) {
+__device__ inline void merge(const ForwardParams& p, const ForwardBases& bases, Visit visit, int64_t offset,
+                             int channel, const float* before, const float (&v)[CH]) {
   static_assert(CH == 1 || CH == 2 || CH == 4, "one store");
-  if (!store) {
+  if (p.half && visit.last) {
+    float sum[CH] = {};
+    if (!visit.first) read_floats<CH>(before + channel, sum);
+    uint16_t bits[CH];
+#pragma unroll
+    for (int c = 0; c < CH; ++c) bits[c] = encode(sum[c] + v[c], p.dtype);
+    uint16_t* const to = bases.y + offset + channel;
+    if constexpr (CH == 4) {
+      *reinterpret_cast<ushort4*>(to) = make_ushort4(bits[0], bits[1], bits[2], bits[3]);
+    } else if constexpr (CH == 2) {
+      *reinterpret_cast<ushort2*>(to) = make_ushort2(bits[0], bits[1]);
+    } else {
+      *to = bits[0];
+    }
+    return;
+  }
+  float* const to = bases.sum + offset + channel;
+  if (!visit.first) {
     add_at<CH>(to, v);
   } else if constexpr (CH == 4) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]));
@@ -96,15 +135,6 @@ __device__ inline void merge(float* to, bool store, const float (&v)[CH]) {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v[0]));
   }
 }
-
-struct ForwardBases : Bases {
-  float* sum;   // first channel of the block
-  int64_t mbk;  // number of the track
-  __device__ ForwardBases(const ForwardParams& p, const Track& t) : Bases(p, t) {
-    sum = p.sum + (int64_t{t.m} * p.batch + t.b) * p.tokens * p.channels + t.first_d;
-    mbk = t.mbk(p);
-  }
-};
 
 // Where to save the state with which a path enters the tile of tokens from q0 on: null unless it is to be.
 __device__ inline float* saved_state(const ForwardParams& p, const Seat& seat, bool reversed, int q0) {
@@ -118,7 +148,7 @@ __device__ inline float* saved_state(const ForwardParams& p, const Seat& seat, b
 // in y if kOutput. Past `end`: the last token once more.
 template <bool kOutput>
 __device__ inline void issue_tile(const ForwardParams& p, const Seat& seat, const Track& track, int first, int end,
-                                  int buffer, bool delta) {
+                                  int buffer, bool delta, bool sum) {
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   const int lane = opaque(seat.copy_lane), element = opaque(p.element());
   const int real_bytes = min(p.block_channels, p.channels - opaque(track.first_d)) * element;
@@ -131,8 +161,29 @@ __device__ inline void issue_tile(const ForwardParams& p, const Seat& seat, cons
   if (delta)
     copy_row(shared + p.delta_at + slot * x_bytes, bases.delta + int64_t{pixel} * p.delta.pixel, real_bytes,
              p.delta.granule, lane);
+  if (kOutput && sum)
+    copy_row(shared + p.sum_at + slot * p.block_channels * 4,
+             reinterpret_cast<const char*>(bases.sum + int64_t{pixel} * p.channels), real_bytes / element * 4,
+             p.sum_granule, lane);
   copies_commit();
 }
+
+// The tiles of tokens [from, to) of the axis in the order in which a walk takes them: along the path, but against it
+// for the summaries of a shared decay. The first one is issued before the walk begins.
+template <class Scan, bool kOutput>
+struct Tiles {
+  int from, to;
+  bool descending;
+
+  __device__ Tiles(const Track& track, int from, int to)
+      : from(from), to(to), descending(track.reversed != (Scan::kSharedDecay && !kOutput)) {}
+  __device__ int count() const { return (to - from + kTile - 1) / kTile; }
+  __device__ int first_token(int tile) const { return from + (descending ? count() - 1 - tile : tile) * kTile; }
+  __device__ void issue(const ForwardParams& p, const Seat& seat, const Track& track, Visit visit, int tile) const {
+    issue_tile<kOutput>(p, seat, track, first_token(tile), to, tile & 1, Scan::kReadsDelta && p.rank == 0,
+                        visit.reads(p));
+  }
+};
 
 // 16-bit values staged at `from` as floats at `to`; `count` is a multiple of 4.
 __device__ inline void decode_staged(const char* from, float* to, int count, DType dtype) {

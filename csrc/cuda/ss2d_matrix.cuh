@@ -60,10 +60,9 @@ constexpr float kMostExponent = 40.f;  // of e^z, in powers of two
 // The scan of a thread's share of 16 MT channels and 8 NT states. A warp is alone with its channels.
 template <int MT, int NT>
 struct MatrixForm {
-  static constexpr bool kSharedDecay = true;
+  static constexpr bool kSharedDecay = true, kReadsDelta = true;
   static constexpr int kChannels = 2 * MT;  // of a thread, `kWide` of them neighbours
   static constexpr int kWide = kChannels < 4 ? kChannels : 4;
-  static constexpr int kRun = 12;
   int g, t, first_d;
   float a[kChannels], step_sum[kChannels];
   float h[MT][NT][4];  // channels 2m and 2m + 1 of the thread's, states 8j + 2t and 8j + 2t + 1
@@ -197,24 +196,20 @@ struct MatrixForm {
     }
   }
 
-  // Walks tokens [from, to) of the axis along the path. Summaries (!kOutput) take the tiles from the path's end: what a
-  // token leaves there is its input, times the decay of all after it, times B; and they add up the steps.
+  // Walks the tiles of the path, the first of which has been issued. Summaries (!kOutput) take them from the path's
+  // end: what a token leaves there is its input, times the decay of all after it, times B; and they add up the steps.
   template <bool kOutput>
-  __device__ void advance(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to,
-                          bool visits_first) {
-    const int tiles = (to - from + kTile - 1) / kTile;
-    const bool descending = track.reversed == kOutput;
-    auto first_token = [&](int tile) { return from + (descending ? tiles - 1 - tile : tile) * kTile; };
-    auto issue = [&](int tile) { issue_tile<kOutput>(p, seat, track, first_token(tile), to, tile & 1, p.rank == 0); };
-    issue(0);
+  __device__ void advance(const ForwardParams& p, const Seat& seat, const Track& track,
+                          const Tiles<MatrixForm, kOutput>& tiles, Visit visit) {
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int q0 = first_token(tile), count = min(kTile, to - q0), buffer = (tile & 1) * kTile;
+    for (int tile = 0; tile < tiles.count(); ++tile) {
+      const int q0 = tiles.first_token(tile), count = min(kTile, tiles.to - q0), buffer = (tile & 1) * kTile;
       char* const shared = seat.shared + opaque(0);
       const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * p.pitch * p.element());
       copies_wait();
       __syncwarp();
-      if (tile + 1 < tiles) issue(tile + 1);  // into the buffer that everyone has left
+      if (tile + 1 < tiles.count())
+        tiles.issue(p, seat, track, visit, tile + 1);  // into the buffer that everyone has left
       if (p.half) {
         float* const decoded = reinterpret_cast<float*>(shared + p.decoded_at);
         decode_staged(reinterpret_cast<const char*>(rows), decoded, kTile * p.pitch, p.dtype);
@@ -320,7 +315,7 @@ struct MatrixForm {
             one_by_one(number, rows + place(number) * p.pitch + 2 * t, p.padded_states, step, input, y);
           }
         }
-        write(p, seat, track, at, count, buffer, visits_first, y);
+        write(p, seat, track, at, count, buffer, visit, y);
       }
     }
   }
@@ -376,7 +371,7 @@ struct MatrixForm {
   }
   // Adds the skip to y of the thread's tokens and both to memory.
   __device__ void write(const ForwardParams& p, const Seat& seat, const Track& track, const int (&at)[2], int count,
-                        int buffer, bool visits_first, float (&y)[2][kChannels]) {
+                        int buffer, Visit visit, float (&y)[2][kChannels]) {
     const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
     const char* const shared = seat.shared + opaque(0);
     const int x_bytes = p.x_pitch * p.element();
@@ -389,7 +384,9 @@ struct MatrixForm {
       read_staged(p, shared + p.x_at + (buffer + at[i]) * x_bytes, x);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) y[i][c] = fmaf(skip[c], x[c], y[i][c]);
-      float* const to = bases.sum + reinterpret_cast<const int64_t*>(shared + p.offsets_at)[buffer + at[i]];
+      const int64_t offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at)[buffer + at[i]];
+      const float* const before =
+          reinterpret_cast<const float*>(shared + p.sum_at) + (buffer + at[i]) * p.block_channels;
 #pragma unroll
       for (int c = 0; c < kChannels; c += kWide) {
         const int exist = p.channels - track.first_d - channel(c);
@@ -397,12 +394,12 @@ struct MatrixForm {
           float some[kWide];
 #pragma unroll
           for (int k = 0; k < kWide; ++k) some[k] = y[i][c + k];
-          if (exist > 0) merge<kWide>(to + channel(c), visits_first, some);
+          if (exist > 0) merge<kWide>(p, bases, visit, offset, channel(c), before, some);
         } else {
 #pragma unroll
           for (int k = 0; k < kWide; ++k) {
             const float one[1] = {y[i][c + k]};
-            if (k < exist) merge<1>(to + channel(c) + k, visits_first, one);
+            if (k < exist) merge<1>(p, bases, visit, offset, channel(c) + k, before, one);
           }
         }
       }

@@ -118,45 +118,44 @@ __device__ inline void make_whole(float (&h)[CH][NS], float (&since)[CH]) {
   }
 }
 
-// Walks tokens [from, to) of the axis along one path. `a` and h are the thread's decays and its state, in and out.
-// Summaries (!kOutput) also add up the steps. `visits_first`: nobody has written y of these tokens yet.
-// Summaries with a shared decay are taken from the end: what a token leaves there is its input, times the decay of all
-// after it, times B.
-// kHeld > 0: the thread holds all states of its channels, which exist all or none, and the weights of their low-rank
-// part, whose rank is at most kHeld; the step is its softplus, and is computed where the token is scanned. Otherwise
-// the lanes of a channel share the work of a tile's steps beforehand.
+template <int NS, int CH, bool kShared, bool kZoh, int kHeld>
+struct Recurrence;
+
+// Walks the tiles of a path, the first of which has been issued. `a` and h are the thread's decays and its state, in
+// and out. Summaries (!kOutput) also add up the steps. Summaries with a shared decay are taken from the end: what a
+// token leaves there is its input, times the decay of all after it, times B. kHeld > 0: the thread holds all states of
+// its channels, which exist all or none, and the weights of their low-rank part, whose rank is at most kHeld; the step
+// is its softplus, and is computed where the token is scanned. Otherwise the lanes of a channel share the work of a
+// tile's steps beforehand.
 template <int NS, int CH, bool kSharedDecay, bool kZoh, int kHeld, bool kOutput>
-__device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to, bool visits_first,
+__device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track,
+                     const Tiles<Recurrence<NS, CH, kSharedDecay, kZoh, kHeld>, kOutput>& tiles, Visit visit,
                      const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
   constexpr bool kAlone = kHeld > 0;
   constexpr int kQuad = NS < 4 ? NS : 4;
-  const int tiles = (to - from + kTile - 1) / kTile;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   constexpr bool kFromEnd = kSharedDecay && !kOutput;
-  const bool descending = track.reversed != kFromEnd;
   float after[CH];  // from the end: the decay of all tokens after this one
 #pragma unroll
   for (int c = 0; c < CH; ++c) after[c] = 1.f;
-  auto first_token = [&](int tile) { return from + (descending ? tiles - 1 - tile : tile) * kTile; };
-  auto issue = [&](int tile) {
-    issue_tile<kOutput>(p, seat, track, first_token(tile), to, tile & 1, !kAlone && p.rank == 0);
-  };
 
   const float* const channels = reinterpret_cast<const float*>(seat.shared + p.channels_at) + seat.c;
+  copies_wait();  // of what the steps and the skip need, at a path's first walk
+  __syncwarp();
   const StepWeights<CH, kAlone ? kHeld : 1> weights(p, channels);  // read where the thread is alone
   float skip[CH] = {};
   if constexpr (kOutput) read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 
-  issue(0);
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int q0 = first_token(tile), buffer = (tile & 1) * kTile;
+  for (int tile = 0; tile < tiles.count(); ++tile) {
+    const int q0 = tiles.first_token(tile), buffer = (tile & 1) * kTile;
     char* const shared = seat.shared + opaque(0);
     const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * p.pitch * p.element());
     const float* x_rows = reinterpret_cast<const float*>(shared + p.x_at + buffer * p.block_channels * p.element());
     copies_wait();
     __syncwarp();
-    if (tile + 1 < tiles) issue(tile + 1);  // into the buffer that everyone has left
+    if (tile + 1 < tiles.count())
+      tiles.issue(p, seat, track, visit, tile + 1);  // into the buffer that everyone has left
     if (p.half) {
       float* const decoded = reinterpret_cast<float*>(shared + p.decoded_at);
       decode_staged(reinterpret_cast<const char*>(rows), decoded, kTile * p.pitch, p.dtype);
@@ -182,13 +181,14 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
       if (saved != nullptr) store_state<NS, CH>(p, saved, opaque(track.first_d) + seat.c, seat.lane, h);
     }
 
-    const int count = min(kTile, to - q0), first = descending ? count - 1 : 0;
-    const int sense = descending ? -1 : 1;
-    const int row_step = descending ? -p.pitch : p.pitch;
-    const int x_step = descending ? -p.block_channels : p.block_channels;
+    const int count = min(kTile, tiles.to - q0), first = tiles.descending ? count - 1 : 0;
+    const int sense = tiles.descending ? -1 : 1;
+    const int row_step = tiles.descending ? -p.pitch : p.pitch;
+    const int x_step = tiles.descending ? -p.block_channels : p.block_channels;
     const float* row = rows + first * p.pitch;
     const float* x_row = x_rows + first * p.block_channels + seat.c;
     const int64_t* offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer + first;
+    const float* before = reinterpret_cast<const float*>(shared + p.sum_at) + (buffer + first) * p.block_channels;
     if constexpr (!kAlone) steps += first * p.block_channels;
     // Of the token at `row`: x, its step, and what goes into the state; with a shared decay, that too.
     auto read_token = [&](const float* row, const float* x_row, const float* steps, float (&x)[CH], float (&step)[CH],
@@ -244,18 +244,18 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
           for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
       }
     };
-    auto write_token = [&](int64_t offset, const float (&x)[CH], float (&y)[CH]) {
+    // `before`: of this token, what was read of y.
+    auto write_token = [&](int64_t offset, const float* before, const float (&x)[CH], float (&y)[CH]) {
 #pragma unroll
       for (int c = 0; c < CH; ++c) y[c] = fmaf(skip[c], x[c], y[c]);
-      float* const to = bases.sum + offset + seat.c;
       const int exist = p.channels - track.first_d - seat.c;
       if (kAlone || p.channels % CH == 0) {
-        if (exist > 0 && (kAlone || seat.lane == 0)) merge<CH>(to, visits_first, y);
+        if (exist > 0 && (kAlone || seat.lane == 0)) merge<CH>(p, bases, visit, offset, seat.c, before, y);
       } else if (seat.lane == 0) {
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           const float one[1] = {y[c]};
-          if (c < exist) merge<1>(to + c, visits_first, one);
+          if (c < exist) merge<1>(p, bases, visit, offset, seat.c + c, before, one);
         }
       }
     };
@@ -286,7 +286,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
             scan_token(row + j * row_step, step, input[j], y);
 #pragma unroll
             for (int c = 0; c < CH; ++c) y[c] *= at[j][c];
-            write_token(offset[j * sense], x[j], y);
+            write_token(offset[j * sense], before + j * x_step, x[j], y);
           }
 #pragma unroll
           for (int c = 0; c < CH; ++c) since[c] = at[kTogether - 1][c];
@@ -298,13 +298,14 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
             for (int c = 0; c < CH; ++c) since[c] *= decay[c];
             make_whole<NS, CH>(h, since);
             scan_token(row + j * row_step, step, input[0], y);
-            write_token(offset[j * sense], x[0], y);
+            write_token(offset[j * sense], before + j * x_step, x[0], y);
           }
         }
         row += kTogether * row_step;
         x_row += kTogether * x_step;
         steps += kTogether * x_step;
         offset += kTogether * sense;
+        before += kTogether * x_step;
       }
       make_whole<NS, CH>(h, since);
     } else {
@@ -320,11 +321,12 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
           }
         }
         scan_token(row, step, input, y);
-        if constexpr (kOutput) write_token(*offset, x, y);
+        if constexpr (kOutput) write_token(*offset, before, x, y);
         row += row_step;
         x_row += x_step;
         if constexpr (!kAlone) steps += x_step;
         offset += sense;
+        before += x_step;
       }
     }
   }
@@ -333,9 +335,8 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
 // The scan of a thread: NS states of CH channels.
 template <int NS, int CH, bool kShared, bool kZoh, int kHeld>
 struct Recurrence {
-  static constexpr bool kSharedDecay = kShared;
+  static constexpr bool kSharedDecay = kShared, kReadsDelta = kHeld == 0;
   static constexpr int kChannels = CH;
-  static constexpr int kRun = NS * CH >= 16 ? 16 : 12;
 
   int d;  // first channel
   float a[CH][kShared ? 1 : NS], h[CH][NS], step_sum[CH];
@@ -361,9 +362,9 @@ struct Recurrence {
       if (seat.lane == 0 && d + c < p.channels) to[d + c] = step_sum[c];
   }
   template <bool kOutput>
-  __device__ void advance(const ForwardParams& p, const Seat& seat, const Track& track, int from, int to,
-                          bool visits_first) {
-    walk<NS, CH, kShared, kZoh, kHeld, kOutput>(p, seat, track, from, to, visits_first, a, h, step_sum);
+  __device__ void advance(const ForwardParams& p, const Seat& seat, const Track& track,
+                          const Tiles<Recurrence, kOutput>& tiles, Visit visit) {
+    walk<NS, CH, kShared, kZoh, kHeld, kOutput>(p, seat, track, tiles, visit, a, h, step_sum);
   }
 };
 
