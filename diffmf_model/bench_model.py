@@ -205,7 +205,8 @@ def _train(config: Config, device: torch.device, shape: tuple, precision: str, m
     model = DIFFMF(config.model).to(device).train()
     network = torch.compile(model, dynamic=False) if mode == "compile" else model
     loss = FusionLoss(config.loss)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, capturable=mode.endswith("graph"))
+    on_gpu, graph = device.type == "cuda", mode.endswith("graph")
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, fused=on_gpu, capturable=graph)
     ir, vi = _images(device, shape)
 
     def step():

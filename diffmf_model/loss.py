@@ -20,29 +20,34 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Raises ValueError when H or W is below 11.
     """
+    return _similarities(a, b).mean().float()
+
+
+def _similarities(a: Tensor, b: Tensor) -> Tensor:
+    """What `ssim` averages, (B, H - 10, W - 10), in double precision."""
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, found {tuple(a.shape[-2:])}")
-    # Sums of shifted slices, not a convolution: TF32 would drown the variances, which are small differences.
+    a, b = a.double(), b.double()  # TF32, which a convolution of floats may use, would drown the variances
     moments = _gaussian_blur(torch.cat([a, b, a * a, b * b, a * b], dim=1))
     mean_a, mean_b, square_a, square_b, product = moments.unbind(1)
     covariance = product - mean_a * mean_b
     variances = square_a - mean_a**2 + square_b - mean_b**2
     luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
-    return (luminance * (2 * covariance + C2) / (variances + C2)).mean()
+    return luminance * (2 * covariance + C2) / (variances + C2)
 
 
-def _gaussian(reach: int, sigma: float, device: torch.device | None = None) -> Tensor:
+def _gaussian(reach: int, sigma: float, like: Tensor) -> Tensor:
     """Weights (2 reach + 1,) that sum to one."""
-    offsets = torch.arange(-reach, reach + 1, device=device)
+    offsets = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
     return torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
 
 
-def _gaussian_blur(x: Tensor) -> Tensor:
-    weights = _gaussian(WINDOW // 2, SIGMA).tolist()
-    for dim in (-2, -1):
-        length = x.shape[dim] - WINDOW + 1
-        x = sum(weight * x.narrow(dim, start, length) for start, weight in enumerate(weights))
-    return x
+def _gaussian_blur(x: Tensor, reach: int = WINDOW // 2, sigma: float = SIGMA) -> Tensor:
+    """Every channel of (B, C, H, W), without padding: (B, C, H - 2 reach, W - 2 reach)."""
+    weights = _gaussian(reach, sigma, x)
+    planes = x.reshape(-1, 1, *x.shape[-2:])
+    planes = F.conv2d(F.conv2d(planes, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    return planes.view(*x.shape[:2], *planes.shape[-2:])
 
 
 def sobel(x: Tensor) -> Tensor:
@@ -93,9 +98,7 @@ def _compressed(x: Tensor, config: LossConfig) -> Tensor:
 def _window_mean(x: Tensor, sigma: float) -> Tensor:
     """Gaussian mean of (B, 1, H, W), borders replicated; the window ends at three sigma."""
     reach = math.ceil(3 * sigma)
-    weights = _gaussian(reach, sigma, x.device)
-    x = F.pad(x, (reach,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(x, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    return _gaussian_blur(F.pad(x, (reach,) * 4, mode="replicate"), reach, sigma)
 
 
 class FusionLoss(nn.Module):
@@ -114,7 +117,8 @@ class FusionLoss(nn.Module):
         weights = self.config
         with torch.autocast(fused.device.type, enabled=False):
             fused, ir, vi = fused.float(), ir.float(), vi.float()
-            structure = weights.ssim_infrared * (1 - ssim(fused, ir)) + weights.ssim_visible * (1 - ssim(fused, vi))
+            similarity = _similarities(torch.cat([fused, fused]), torch.cat([ir, vi])).view(2, -1).mean(1).float()
+            structure = weights.ssim_infrared * (1 - similarity[0]) + weights.ssim_visible * (1 - similarity[1])
             if weights.target == "salient":
                 with torch.no_grad():
                     goal, gradient = salient_target(ir, vi, weights)
