@@ -30,10 +30,9 @@ class Decoder(nn.Module):
         self.image = nn.Conv2d(width, pixels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x).permute(0, 3, 1, 2)
-        # bf16 has fewer levels near 1 than an 8-bit image.
-        with torch.autocast(x.device.type, enabled=False):
-            patches = torch.sigmoid(self.image(x.to(self.image.weight.dtype)))
+        logits = self.image(self.features(x).permute(0, 3, 1, 2))
+        # bf16 has fewer levels near 1 than an 8-bit image; of the logits it has enough.
+        patches = torch.sigmoid(logits.to(self.image.weight.dtype))
         return F.pixel_shuffle(patches, self.patch_size)
 
 
