@@ -23,6 +23,7 @@ struct ForwardParams : Params {
   void* y;              // [M, B, L, D]
   float* sum;           // [M, B, L, D], y while paths are still missing; y itself when it is float
   int sum_granule;      // bytes of a row of `sum` that can be copied at a time
+  int channel_shift;    // log2(block_channels)
   float* saved_states;  // [M, B, K, pieces, N, D] or null
   float* last_state;    // [M, B, K, N, D] or null
   Round round[kMaxPaths];
@@ -133,6 +134,20 @@ __device__ inline void merge(const ForwardParams& p, const ForwardBases& bases, 
     asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]));
   } else {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v[0]));
+  }
+}
+
+// Likewise for a tile: `rows` of block_channels values for `count` tokens, at `offsets` in y, with the rows of
+// `before`; `exist` of the block's channels do.
+template <int kWidth>
+__device__ inline void merge_rows(const ForwardParams& p, const ForwardBases& bases, Visit visit, const float* rows,
+                                  const int64_t* offsets, const float* before, int count, int exist) {
+#pragma unroll 2
+  for (int i = threadIdx.x % 32 * kWidth; i < count << p.channel_shift; i += 32 * kWidth) {
+    const int token = i >> p.channel_shift, first = token << p.channel_shift, channel = i - first;
+    float v[kWidth];
+    read_floats<kWidth>(rows + i, v);
+    if (channel < exist) merge<kWidth>(p, bases, visit, offsets[token], channel, before + first, v);
   }
 }
 

@@ -151,7 +151,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
     const int q0 = tiles.first_token(tile), buffer = (tile & 1) * kTile;
     char* const shared = seat.shared + opaque(0);
     const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * p.pitch * p.element());
-    const float* x_rows = reinterpret_cast<const float*>(shared + p.x_at + buffer * p.block_channels * p.element());
+    float* x_rows = reinterpret_cast<float*>(shared + p.x_at + buffer * p.block_channels * p.element());
     copies_wait();
     __syncwarp();
     if (tile + 1 < tiles.count())
@@ -182,13 +182,10 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
     }
 
     const int count = min(kTile, tiles.to - q0), first = tiles.descending ? count - 1 : 0;
-    const int sense = tiles.descending ? -1 : 1;
     const int row_step = tiles.descending ? -p.pitch : p.pitch;
     const int x_step = tiles.descending ? -p.block_channels : p.block_channels;
     const float* row = rows + first * p.pitch;
-    const float* x_row = x_rows + first * p.block_channels + seat.c;
-    const int64_t* offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer + first;
-    const float* before = reinterpret_cast<const float*>(shared + p.sum_at) + (buffer + first) * p.block_channels;
+    float* x_row = x_rows + first * p.block_channels + seat.c;
     if constexpr (!kAlone) steps += first * p.block_channels;
     // Of the token at `row`: x, its step, and what goes into the state; with a shared decay, that too.
     auto read_token = [&](const float* row, const float* x_row, const float* steps, float (&x)[CH], float (&step)[CH],
@@ -244,20 +241,11 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
           for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
       }
     };
-    // `before`: of this token, what was read of y.
-    auto write_token = [&](int64_t offset, const float* before, const float (&x)[CH], float (&y)[CH]) {
+    // y of a token takes the place of its x, which no lane of the channels needs any more.
+    auto keep_token = [&](float* x_row, const float (&x)[CH], float (&y)[CH]) {
 #pragma unroll
       for (int c = 0; c < CH; ++c) y[c] = fmaf(skip[c], x[c], y[c]);
-      const int exist = p.channels - track.first_d - seat.c;
-      if (kAlone || p.channels % CH == 0) {
-        if (exist > 0 && (kAlone || seat.lane == 0)) merge<CH>(p, bases, visit, offset, seat.c, before, y);
-      } else if (seat.lane == 0) {
-#pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          const float one[1] = {y[c]};
-          if (c < exist) merge<1>(p, bases, visit, offset, seat.c + c, before, one);
-        }
-      }
+      if (kAlone || seat.lane == 0) write_floats<CH>(x_row, y);
     };
     if constexpr (kSharedDecay && kOutput) {
       float since[CH];
@@ -286,7 +274,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
             scan_token(row + j * row_step, step, input[j], y);
 #pragma unroll
             for (int c = 0; c < CH; ++c) y[c] *= at[j][c];
-            write_token(offset[j * sense], before + j * x_step, x[j], y);
+            keep_token(x_row + j * x_step, x[j], y);
           }
 #pragma unroll
           for (int c = 0; c < CH; ++c) since[c] = at[kTogether - 1][c];
@@ -298,14 +286,12 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
             for (int c = 0; c < CH; ++c) since[c] *= decay[c];
             make_whole<NS, CH>(h, since);
             scan_token(row + j * row_step, step, input[0], y);
-            write_token(offset[j * sense], before + j * x_step, x[0], y);
+            keep_token(x_row + j * x_step, x[0], y);
           }
         }
         row += kTogether * row_step;
         x_row += kTogether * x_step;
         steps += kTogether * x_step;
-        offset += kTogether * sense;
-        before += kTogether * x_step;
       }
       make_whole<NS, CH>(h, since);
     } else {
@@ -321,12 +307,23 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
           }
         }
         scan_token(row, step, input, y);
-        if constexpr (kOutput) write_token(*offset, before, x, y);
+        if constexpr (kOutput) keep_token(x_row, x, y);
         row += row_step;
         x_row += x_step;
         if constexpr (!kAlone) steps += x_step;
-        offset += sense;
-        before += x_step;
+      }
+    }
+    if constexpr (kOutput) {
+      __syncwarp();
+      const int64_t* const offsets = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer;
+      const float* const before = reinterpret_cast<const float*>(shared + p.sum_at) + buffer * p.block_channels;
+      const int exist = p.channels - opaque(track.first_d);
+      if (p.sum_granule == 16) {
+        merge_rows<4>(p, bases, visit, x_rows, offsets, before, count, exist);
+      } else if (p.sum_granule == 8) {
+        merge_rows<2>(p, bases, visit, x_rows, offsets, before, count, exist);
+      } else {
+        merge_rows<1>(p, bases, visit, x_rows, offsets, before, count, exist);
       }
     }
   }
