@@ -400,8 +400,8 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float* sha
   asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(shared_bytes));
   const int threads = static_cast<int>(blockDim.x);
   int across = 8;  // more where blocks would take several turns, but then of one state
-  while (across < threads && p.channels % (2 * across) == 0 && sequences / across > static_cast<int>(gridDim.x))
-    across *= 2;
+  const auto fits = [&](int wider) { return threads % wider == 0 && p.channels % wider == 0; };
+  while (fits(2 * across) && sequences / across > static_cast<int>(gridDim.x)) across *= 2;
   const int runs = threads / across, run = static_cast<int>(threadIdx.x) / across;
   const int place = static_cast<int>(threadIdx.x) % across;
   // An odd number of chunks in a run: then runs begin in different banks.

@@ -120,6 +120,20 @@ def test_long_sequences_match_float64(height, width, paths):
         assert_close(found, wanted, 1e-4, name)
 
 
+# Blocks of 96 threads in the backward pass: not every division of the work among threads comes out even.
+@pytest.mark.parametrize(("batch", "side", "channels", "states"), [(64, 28, 384, 1), (2, 90, 48, 16)])
+def test_blocks_of_three_warps_match_float64(batch, side, channels, states):
+    tensors = make_inputs(batch=batch, height=side, width=side, channels=channels, states=states, device="cuda")
+    seed = torch.randn(tensors[0].shape)
+    y, gradients = with_gradients(ss2d, tensors, seed)
+    expected, expected_gradients = with_gradients(ss2d, double(tensors), seed)
+    assert_close(y, expected, 1e-5, "y")
+    for name, found, wanted in zip(
+        ("x", "proj", "dt_weight", "dt_bias", "A", "D"), gradients, expected_gradients, strict=True
+    ):
+        assert_close(found, wanted, 1e-4, name)
+
+
 def test_default_width_at_a_megapixel_matches_float64():
     # The paper's width, 1,048,576 tokens, against the CPU kernel in float64.
     tensors = make_inputs(height=1024, width=1024, channels=64, states=16, paths=(0,), device="cuda")
