@@ -278,18 +278,21 @@ class SS2D(nn.Module):
 
     def scan(self, x: Tensor) -> Tensor:
         """Projections and the fused scan: ([2,] B, H, W, D) -> the same shape, summed over the paths."""
+        x_proj_weight, dt_weight = self.x_proj_weight, self.dt_projs_weight
+        if x.is_cuda and self.dt_rank % 2 == 1 and (autocast_dtype(x) or x.dtype).itemsize == 2:
+            x_proj_weight, dt_weight = _one_more_rank(x_proj_weight, dt_weight)
         if self.reproject:
             x = self._exchanged_tokens(x)
-            proj = torch.einsum("mbhwkd,mkcd->mbhwkc", x, self.x_proj_weight)
+            proj = torch.einsum("mbhwkd,mkcd->mbhwkc", x, x_proj_weight)
         else:
-            x, proj = project(x, self.x_proj_weight.flatten(-3, -2))
+            x, proj = project(x, x_proj_weight.flatten(-3, -2))
             proj = proj.unflatten(-1, (len(PATHS), -1))
         dtype = torch.promote_types(x.dtype, torch.float32)  # the operator's parameters are never below fp32
         per_path = (len(PATHS), self.d_inner)
         return ss2d(
             x,
             proj,
-            self.dt_projs_weight.to(dtype),
+            dt_weight.to(dtype),
             self.dt_projs_bias.to(dtype),
             -self.A_logs.to(dtype).exp().unflatten(-2, per_path),
             self.Ds.to(dtype).unflatten(-1, per_path),
@@ -384,6 +387,14 @@ class VSSBlock(nn.Module):
         if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.permute(0, 3, 1, 2) if self.channel_first else x
+
+
+def _one_more_rank(x_proj_weight: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., R + 2N, D) and (..., D, R) with a zero for one more rank: the same steps.
+
+    The kernels copy words. Rows of an odd number of 16-bit values would be copied one by one.
+    """
+    return F.pad(x_proj_weight, (0, 0, 1, 0)), F.pad(dt_weight, (1, 0))
 
 
 def _uniform(bound: float, *shape: int) -> nn.Parameter:

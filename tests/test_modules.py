@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffmf_ops.modules import EXCHANGE_SOURCES, SS2D, VSSBlock, linear, project
+from diffmf_ops.modules import EXCHANGE_SOURCES, SS2D, VSSBlock, _one_more_rank, linear, project
 
 # Relative L2 errors measured: fp32 up to 2.2e-7; bf16 autocast up to 6.3e-3.
 FP32, BF16 = 3e-6, 3e-2
@@ -303,6 +303,19 @@ def test_unsupported_options_are_refused(options, message):
 
 def test_dt_rank_is_vmamba_s():
     assert [SS2D(c, d_state=1).dt_rank for c in (1, 16, 17, 96)] == [math.ceil(c / 16) for c in (1, 16, 17, 96)]
+
+
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_one_more_rank_changes_nothing(modalities):
+    op = randomize(SS2D(8, d_state=2, dt_rank=3, modalities=modalities))
+    x = torch.randn(*(() if modalities == 1 else (2,)), 2, 5, 4, 16)
+    with torch.no_grad():
+        expected = op.scan(x)
+        op.x_proj_weight, op.dt_projs_weight = map(
+            torch.nn.Parameter, _one_more_rank(op.x_proj_weight, op.dt_projs_weight)
+        )
+        assert op.dt_projs_weight.shape[-1] == 4 and op.x_proj_weight.shape[-2] == 4 + 2 * 2
+        assert relative_error(op.scan(x), expected.double()) < FP32  # the same sums in GEMMs of other shapes
 
 
 @pytest.mark.parametrize("modalities", [1, 2])
