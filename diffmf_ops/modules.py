@@ -8,7 +8,9 @@ Supported of VMamba: forward types v0, v2, v3, v03, v04 and v05 (one definition 
 fp32 in all of them) with the postfixes _noz, _nozact, _oact, _no32 and _onnone; any d_state, ssm_ratio, dt_rank, d_conv
 (below 2 for none), conv_bias, act_layer, dropout, drop_path, mlp_ratio; channel_first or channels-last tensors (the
 "ln2d" and "ln" norms have the same parameters). Not supported, and refused by name: other scan orders (v051d, v052d,
-...), other output norms, xv and Mamba-2 (m0) types.
+...), other output norms and initializations, xv and Mamba-2 (m0) types.
+
+VMamba's own network takes this layer in place of its own: `vmamba.VSSM(..., _SS2D=SS2D)`.
 """
 
 from __future__ import annotations
@@ -190,7 +192,7 @@ class SS2D(nn.Module):
     -> out_norm [-> times act(z)] -> out_proj.
 
     d_model, d_state, ssm_ratio, dt_rank: C, N, D / C and R ("auto" is ceil(d_model / 16)).
-    forward_type: VMamba's name; see the module docstring for those supported.
+    initialize, forward_type: VMamba's names; of the first, v0 (Mamba's), of the second, those of the module docstring.
     channel_first: tensors are (B, C, H, W); one modality only.
     modalities: 2 for (infrared, visible) with separate weights.
     exchange: whose B and C each modality's scan uses: "none", "mutual" (Eq. 6), "from_visible" (Eq. 15) or
@@ -215,6 +217,7 @@ class SS2D(nn.Module):
         bias: bool = False,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
+        initialize: str = "v0",
         forward_type: str = "v05",
         channel_first: bool = False,
         modalities: int = 1,
@@ -224,6 +227,8 @@ class SS2D(nn.Module):
     ):
         super().__init__()
         options = _parse_forward_type(forward_type)
+        if initialize != "v0":
+            raise ValueError(f"initialize: expected 'v0', found {initialize!r}")
         if modalities not in (1, 2):
             raise ValueError(f"modalities: expected 1 or 2, found {modalities!r}")
         if exchange not in EXCHANGE_SOURCES:

@@ -289,6 +289,7 @@ def test_drop_path_drops_whole_samples():
     [
         ({"forward_type": "v052dc"}, "forward_type: .*found 'v052dc'"),
         ({"forward_type": "v05_onsoftmax"}, "forward_type: .*found 'v05_onsoftmax'"),
+        ({"initialize": "v1"}, "initialize: expected 'v0', found 'v1'"),
         ({"modalities": 3}, "modalities: expected 1 or 2, found 3"),
         ({"exchange": "both", "modalities": 2}, "exchange: expected one of none, mutual.*found 'both'"),
         ({"exchange": "mutual"}, "needs modalities=2"),
@@ -299,6 +300,24 @@ def test_drop_path_drops_whole_samples():
 def test_unsupported_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SS2D(8, **options)
+
+
+def test_vmamba_s_block_can_hold_it():
+    # The keywords with which vmamba.VSSBlock makes its _SS2D.
+    op = SS2D(
+        d_model=8,
+        d_state=1,
+        ssm_ratio=2.0,
+        dt_rank="auto",
+        act_layer=torch.nn.SiLU,
+        d_conv=3,
+        conv_bias=False,
+        dropout=0.0,
+        initialize="v0",
+        forward_type="v05_noz",
+        channel_first=True,
+    )
+    assert op(torch.randn(1, 8, 5, 4)).shape == (1, 8, 5, 4)
 
 
 def test_dt_rank_is_vmamba_s():
