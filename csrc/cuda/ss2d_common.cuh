@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "diffmf/ss2d.h"
 
@@ -381,11 +382,6 @@ __device__ inline void store_state(const Params& p, float* plane, int d, int lan
   }
 }
 
-template <int kBytes>
-struct Bytes {
-  static constexpr int value = kBytes;
-};
-
 // Turns the summaries of the chunks (end state from a zero start; the decay of a chunk is exp(A * its sum of steps))
 // into the state that enters each chunk, in place; along the scan, or against it for the gradients (`backwards`). The
 // last chunk has no summary.
@@ -439,9 +435,10 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float* sha
         }
       };
       if (quads) {
-        copy(Bytes<16>(), threadIdx.x / (across / 4), threads / (across / 4), threadIdx.x % (across / 4) * 4);
+        copy(std::integral_constant<int, 16>(), threadIdx.x / (across / 4), threads / (across / 4),
+             threadIdx.x % (across / 4) * 4);
       } else {
-        copy(Bytes<4>(), run, runs, place);
+        copy(std::integral_constant<int, 4>(), run, runs, place);
       }
       copies_commit();
       copies_wait();
