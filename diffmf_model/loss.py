@@ -16,15 +16,10 @@ ACTIVITY_FLOOR = 0.05  # below it gradients are noise: an eightieth of the large
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean structural similarity of images (B, 1, H, W) in [0, 1]: 11x11 Gaussian window, sigma 1.5, no padding.
+    """Mean structural similarity of each of the images (B, 1, H, W) in [0, 1] -> (B,), in double precision.
 
-    Raises ValueError when H or W is below 11.
+    11x11 Gaussian window, sigma 1.5, no padding. Raises ValueError when H or W is below 11.
     """
-    return _similarities(a, b).mean().float()
-
-
-def _similarities(a: Tensor, b: Tensor) -> Tensor:
-    """What `ssim` averages, (B, H - 10, W - 10), in double precision."""
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, found {tuple(a.shape[-2:])}")
     a, b = a.double(), b.double()  # TF32, which a convolution of floats may use, would drown the variances
@@ -33,7 +28,7 @@ def _similarities(a: Tensor, b: Tensor) -> Tensor:
     covariance = product - mean_a * mean_b
     variances = square_a - mean_a**2 + square_b - mean_b**2
     luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
-    return luminance * (2 * covariance + C2) / (variances + C2)
+    return (luminance * (2 * covariance + C2) / (variances + C2)).mean((1, 2))
 
 
 def _gaussian(reach: int, sigma: float, like: Tensor) -> Tensor:
@@ -117,7 +112,7 @@ class FusionLoss(nn.Module):
         weights = self.config
         with torch.autocast(fused.device.type, enabled=False):
             fused, ir, vi = fused.float(), ir.float(), vi.float()
-            similarity = _similarities(torch.cat([fused, fused]), torch.cat([ir, vi])).view(2, -1).mean(1).float()
+            similarity = ssim(torch.cat([fused, fused]), torch.cat([ir, vi])).view(2, -1).mean(1).float()
             structure = weights.ssim_infrared * (1 - similarity[0]) + weights.ssim_visible * (1 - similarity[1])
             if weights.target == "salient":
                 with torch.no_grad():

@@ -22,6 +22,13 @@ inline void check(cudaError_t status, const char* what) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// log2 of a power of two.
+inline int shift_of(int64_t power) {
+  int shift = 0;
+  while ((int64_t{1} << shift) < power) ++shift;
+  return shift;
+}
+
 // How a block is laid over channels and states. A thread holds states_per_thread states of channels_per_thread
 // neighbouring channels; state_lanes threads share those channels.
 struct Layout {
@@ -135,7 +142,7 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   params.rank = static_cast<int>(problem.rank);
   params.tokens = static_cast<int>(problem.tokens());
   params.width = static_cast<int>(problem.width);
-  while ((1 << params.checkpoint_shift) < checkpoint_of(problem.states)) ++params.checkpoint_shift;
+  params.checkpoint_shift = shift_of(checkpoint_of(problem.states));
   params.by_height = FastDiv(static_cast<uint32_t>(problem.height));
   std::copy(problem.path, problem.path + problem.paths, params.path);
   params.exchange = problem.exchange;
@@ -145,7 +152,7 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   const Layout& layout = plan.layout;
   params.block_channels = layout.block_channels;
   params.state_lanes = layout.state_lanes;
-  while ((1 << params.lane_shift) < layout.state_lanes) ++params.lane_shift;
+  params.lane_shift = shift_of(layout.state_lanes);
   params.groups = layout.groups;
   params.padded_states = layout.padded_states;
   params.pitch = layout.pitch;

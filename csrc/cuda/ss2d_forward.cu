@@ -285,7 +285,7 @@ void ss2d_forward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS
   params.y = outputs.y;
   params.sum = problem.dtype == DType::f32 ? static_cast<float*>(outputs.y) : floats + plan.sum_at;
   params.sum_granule = granule_of(params.sum, problem.channels * 4, plan.layout.block_channels * 4);
-  while ((1 << params.channel_shift) < plan.layout.block_channels) ++params.channel_shift;
+  params.channel_shift = shift_of(plan.layout.block_channels);
   params.saved_states = static_cast<float*>(outputs.states);
   params.last_state = static_cast<float*>(outputs.last_state);
   launch_cooperative(kernel_of(problem, {plan.layout.states_per_thread, plan.layout.channels_per_thread}), plan, params,

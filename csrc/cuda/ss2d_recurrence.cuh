@@ -122,11 +122,12 @@ template <int NS, int CH, bool kShared, bool kZoh, int kHeld>
 struct Recurrence;
 
 // Walks the tiles of a path, the first of which has been issued. `a` and h are the thread's decays and its state, in
-// and out. Summaries (!kOutput) also add up the steps. Summaries with a shared decay are taken from the end: what a
-// token leaves there is its input, times the decay of all after it, times B. kHeld > 0: the thread holds all states of
-// its channels, which exist all or none, and the weights of their low-rank part, whose rank is at most kHeld; the step
-// is its softplus, and is computed where the token is scanned. Otherwise the lanes of a channel share the work of a
-// tile's steps beforehand.
+// and out.
+// Summaries (!kOutput) also add up the steps. With a shared decay they are taken from the end: what a token leaves
+// there is its input, times the decay of all after it, times B.
+// kHeld > 0: the thread holds all states of its channels, which exist all or none, and the weights of their low-rank
+// part, whose rank is at most kHeld; the step is its softplus, and is computed where the token is scanned. Otherwise
+// the lanes of a channel share the work of a tile's steps beforehand.
 template <int NS, int CH, bool kSharedDecay, bool kZoh, int kHeld, bool kOutput>
 __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& track,
                      const Tiles<Recurrence<NS, CH, kSharedDecay, kZoh, kHeld>, kOutput>& tiles, Visit visit,

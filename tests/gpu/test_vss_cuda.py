@@ -66,7 +66,8 @@ def test_16_bit_ss2d_of_any_rank(rank):
 
     y, gradients = outputs(True)
     expected, expected_gradients = outputs(False)
-    assert (y - expected).norm() < 0.02 * expected.norm()  # measured 0.004
+    # Not measured yet: no GPU was left. Blocks in bf16 are off by up to 6.3e-3 in tests/test_modules.py.
+    assert (y - expected).norm() < 0.02 * expected.norm()
     for name, found, wanted in zip(parameters, gradients, expected_gradients, strict=True):
         assert found.shape == parameters[name].shape
         assert (found - wanted).norm() < 0.1 * wanted.norm(), name
