@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "ss2d_common.cuh"
 
@@ -38,8 +39,8 @@ struct Layout {
   size_t shared_bytes;
 
   void finish(const SS2DProblem& problem) {
-    padded_states = static_cast<int>(ceil_div(states_per_thread * state_lanes, 4) * 4);
-    pitch = static_cast<int>(ceil_div(2 * padded_states + std::max<int64_t>(problem.rank, kMinRank), 8) * 8);
+    padded_states = padded_of(states_per_thread * state_lanes);
+    pitch = pitch_of(padded_states, static_cast<int>(problem.rank));
   }
 };
 
@@ -68,26 +69,49 @@ struct Plan {
   }
 };
 
-// Blocks of this kernel that the current device holds at once. Asked once: the answer costs microseconds.
+// What the current device has for blocks of a kernel. Asked once: the answer costs microseconds.
+struct Device {
+  int number, multiprocessors;
+  int threads, shared_bytes;  // of a block, at most
+};
+inline const Device& device_for(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, Device> known;
+  int number = 0;
+  check(cudaGetDevice(&number), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace({number, kernel});
+  Device& device = at->second;
+  if (!is_new) return device;
+  device.number = number;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  device.threads = attributes.maxThreadsPerBlock;
+  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number),
+        "cudaDeviceGetAttribute");
+  // All that a block may have, whatever one layout needs: another layout of the same kernel may need more.
+  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number),
+        "cudaDeviceGetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes),
+        "cudaFuncSetAttribute");
+  return device;
+}
+
+// Blocks of this kernel that the current device holds at once, asked once likewise.
 inline int resident_blocks(const void* kernel, const Layout& layout) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, size_t>, int> known;
-  int device = 0, multiprocessors = 0, per_multiprocessor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
+  const Device& device = device_for(kernel);
   const std::lock_guard<std::mutex> lock(mutex);
-  int& blocks = known[{device, kernel, layout.threads, layout.shared_bytes}];
+  int& blocks = known[{device.number, kernel, layout.threads, layout.shared_bytes}];
   if (blocks > 0) return blocks;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  // All that a block may have, whatever this layout needs: another layout of the same kernel may need more or less.
-  int most = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+  int per_multiprocessor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, layout.threads, layout.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   if (per_multiprocessor < 1)
     throw std::runtime_error("ss2d: a block needs " + std::to_string(layout.shared_bytes) +
                              " bytes of shared memory, more than this device has");
-  return blocks = multiprocessors * per_multiprocessor;
+  return blocks = device.multiprocessors * per_multiprocessor;
 }
 
 // Cuts the axis so that `sequences` fill the device, which holds `resident` tasks (one chunk of one sequence) at once.
@@ -165,8 +189,9 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   const int element = params.element();
   const int64_t block_bytes = int64_t{layout.block_channels} * element, row_bytes = problem.channels * element;
   params.x = activation(problem, inputs.x, inputs.x_strides, element, "x", block_bytes, row_bytes);
+  params.pairs = params.half && problem.states == 1 && layout.states_per_thread == 1;
   params.proj = activation(problem, inputs.proj, inputs.proj_strides, element, "proj", problem.rank * element,
-                           problem.states * element);
+                           params.pairs ? 4 : problem.states * element);
   params.delta = activation(problem, inputs.delta, inputs.delta_strides, element, "delta", block_bytes, row_bytes);
   params.dt_weight = static_cast<const float*>(inputs.dt_weight);
   params.dt_bias = static_cast<const float*>(inputs.dt_bias);

@@ -189,9 +189,13 @@ struct Walk {
     runs[kDy] = {dy, p.dy.pixel, channels, p.dy.granule, stage.dy_at, single, buffer};
     runs[kB] = {bases.bc, p.proj.pixel, states, p.proj.granule, stage.rows_at, 2 * padded, row_buffer};
     runs[kRows] = runs[kC] = runs[kB];
-    if (states == padded) runs[kRows].bytes *= 2;
-    runs[kC].from += states;
-    runs[kC].to += padded;
+    if (p.pairs || states == padded) runs[kRows].bytes *= 2;
+    if (p.pairs) {  // whichever is needed
+      runs[kB] = runs[kC] = runs[kRows];
+    } else {
+      runs[kC].from += states;
+      runs[kC].to += padded;
+    }
     if (p.rank > 0) {
       runs[kLow] = {bases.low,
                     p.proj.pixel,
@@ -245,7 +249,10 @@ __device__ inline void issue_tile(const BackwardParams& p, const Place& place, c
     reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + token] =
         q < walk.end ? pixel : -1;
 #pragma unroll 1
-  for (int i = warp; i < (kReads != Reads::all ? 3 : p.padded_states == p.states ? 4 : 5); i += blockDim.x / 32) {
+  for (int i = warp; i < (kReads != Reads::all                     ? 3
+                          : p.pairs || p.padded_states == p.states ? 4
+                                                                   : 5);
+       i += blockDim.x / 32) {
     const Run run = walk.runs[kReads == Reads::b_x ? kB + i : kReads == Reads::all ? kX + i : i < 2 ? kLow + i : kC];
     const char* const from = run.from + int64_t{pixel} * run.pixel;
     char* const to = place.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
@@ -405,7 +412,13 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
         *reinterpret_cast<float4*>(to + i) = decode_quad(shared + stage.rows_at + (first + i) * 2, p.dtype);
     };
     decode(low, bc_count, low_count, threadIdx.x % 32, 32);
-    decode(rows, 0, bc_count, threadIdx.x, blockDim.x);
+    if (p.pairs) {
+#pragma unroll 1
+      for (int t = threadIdx.x; t < kTokens; t += blockDim.x)
+        decode_pair(shared + stage.rows_at + t * 2 * p.padded_states * 2, rows + t * 2 * p.padded_states, p.dtype);
+    } else {
+      decode(rows, 0, bc_count, threadIdx.x, blockDim.x);
+    }
     __syncwarp();
     tile.rows = rows;
     tile.x = floats(stage.decoded_x_at);

@@ -50,6 +50,7 @@ struct Params {
   DType dtype;
   bool half;  // dtype is one of the 16-bit types
   bool softplus;
+  bool pairs;  // B and C of one state in 16 bits are copied together: each by itself is less than can be
 
   int state_lanes, block_channels, groups;  // groups = blocks of channels
   int lane_shift;                           // log2(state_lanes)
@@ -229,6 +230,13 @@ __device__ inline float4 decode_quad(const void* from, DType dtype) {
   return make_float4(low.x, low.y, high.x, high.y);
 }
 
+// B and C of one state staged in 16 bits, as the padded row [B, 0, 0, 0 | C, 0, 0, 0].
+__device__ inline void decode_pair(const void* from, float* to, DType dtype) {
+  const uint32_t pair = *static_cast<const uint32_t*>(from);
+  reinterpret_cast<float4*>(to)[0] = make_float4(decode(static_cast<uint16_t>(pair), dtype), 0.f, 0.f, 0.f);
+  reinterpret_cast<float4*>(to)[1] = make_float4(decode(static_cast<uint16_t>(pair >> 16), dtype), 0.f, 0.f, 0.f);
+}
+
 // CH neighbouring values of a staged row of activations, as float. `at` counts elements, a multiple of CH.
 template <int CH, bool kHalf>
 __device__ inline void read_activation(const Params& p, const char* row, int at, float (&v)[CH]) {
@@ -289,6 +297,11 @@ __device__ inline void write_floats(float* to, const float (&v)[CH]) {
 // What the steps and the skip of the block's channels need, in shared memory: rows of block_channels values.
 constexpr int kBiasRow = 0, kSkipRow = 1, kWeightRows = 2;  // dt_bias, D, and dt_weight for r = 0 .. R - 1
 constexpr int kMinRank = 8;                                 // ranks below are staged as this one: with zeros
+// Of a staged row [B | C | low rank]: the states of B and of C, and the values in all.
+constexpr int padded_of(int states) { return (states + 3) / 4 * 4; }
+constexpr int pitch_of(int padded_states, int rank) {
+  return (2 * padded_states + (rank > kMinRank ? rank : kMinRank) + 7) / 8 * 8;
+}
 // `rows` of them, zeros for what does not exist; one of `threads` threads' share. What exists is copied asynchronously.
 __device__ inline void stage_channels(const Params& p, const Track& track, float* to, int thread, int threads,
                                       int rows) {
@@ -394,12 +407,12 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float* sha
   const int plane = p.states * p.channels, sequences = p.modalities * p.batch * p.paths * plane;
   int shared_bytes;
   asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(shared_bytes));
-  const int threads = static_cast<int>(blockDim.x);
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   int across = 8;  // more where blocks would take several turns, but then of one state
   const auto fits = [&](int wider) { return threads % wider == 0 && p.channels % wider == 0; };
   while (fits(2 * across) && sequences / across > static_cast<int>(gridDim.x)) across *= 2;
-  const int runs = threads / across, run = static_cast<int>(threadIdx.x) / across;
-  const int place = static_cast<int>(threadIdx.x) % across;
+  const int runs = threads / across, run = thread / across;
+  const int place = thread % across;
   // An odd number of chunks in a run: then runs begin in different banks.
   const int most = (shared_bytes / 4 - 2 * threads) / (2 * threads), wanted = (p.chunks + runs - 1) / runs;
   const int length = min((most - 1) | 1, wanted | 1), at_once = length * runs;
@@ -435,8 +448,8 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float* sha
         }
       };
       if (quads) {
-        copy(std::integral_constant<int, 16>(), threadIdx.x / (across / 4), threads / (across / 4),
-             threadIdx.x % (across / 4) * 4);
+        copy(std::integral_constant<int, 16>(), thread / (across / 4), threads / (across / 4),
+             thread % (across / 4) * 4);
       } else {
         copy(std::integral_constant<int, 4>(), run, runs, place);
       }
@@ -453,7 +466,7 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float* sha
         step = decay;
         folded = fmaf(decay, folded, summaries[j * across + place]);
       }
-      folds[threadIdx.x] = make_float2(exp2_fast(a * step_sum), folded);
+      folds[thread] = make_float2(exp2_fast(a * step_sum), folded);
       __syncthreads();
       float running = carry;
 #pragma unroll 4

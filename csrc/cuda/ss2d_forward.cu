@@ -8,11 +8,11 @@
 //   3. every chunk again, from its true start, now writing y.
 //
 // With one chunk, phases 1 and 2 vanish. A walk along a chunk is the work of one warp alone, with shared memory of its
-// own: no block barriers. A block is two warps. Paths are taken in rounds; where an axis has paths of both senses, a
-// round is such a pair: the warps of a block walk the same chunk from its two ends and change halves in the middle,
-// behind a barrier. The first to visit a token stores its part of y, later ones add theirs with a reduction that
-// returns nothing, and the last one of a 16-bit y reads the sum and writes y; barriers order them, so each element of y
-// is summed in the same order on every run.
+// own: no block barriers. Paths are taken in rounds; where an axis has paths of both senses, a round is such a pair:
+// two warps walk the same chunk from its two ends and change halves in the middle, behind a barrier of theirs. The
+// first to visit a token stores its part of y, later ones add theirs with a reduction that returns nothing, and the
+// last one of a 16-bit y reads the sum and writes y; barriers order them, so each element of y is summed in the same
+// order on every run.
 //
 // The kernel takes how a warp scans as its parameter: token by token (ss2d_recurrence.cuh), or a tile at a time by
 // matrix products (ss2d_matrix.cuh).
@@ -27,11 +27,10 @@ namespace cuda {
 namespace {
 
 template <class Scan>
-__global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
-    ss2d_forward_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(32 * Scan::kWarps, 1) ss2d_forward_kernel(const __grid_constant__ ForwardParams p) {
   extern __shared__ float4 shared_base[];
   const auto grid = cooperative_groups::this_grid();
-  const int warp = threadIdx.x / 32, in_warp = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, in_warp = threadIdx.x % 32;
   const Seat seat = {in_warp & (p.state_lanes - 1), (in_warp >> p.lane_shift) * Scan::kChannels, in_warp % kTokenLanes,
                      in_warp / kTokenLanes, reinterpret_cast<char*>(shared_base) + warp * p.warp_bytes};
   const int64_t plane = int64_t{p.states} * p.channels;
@@ -48,22 +47,22 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   auto track_of = [&](int sequence, int path) { return Track(p, sequence / p.groups, path, sequence % p.groups); };
   // Before the first walk along a track: starts the copies of its first tile, if there is one, and of what its steps
   // and its skip need.
-  auto enter = [&](const Track& track, const auto& tiles, Visit visit, bool works) {
+  auto enter = [&](const Track& track, const auto& tiles, Visit visit) {
     __syncwarp();  // nobody reads what the walk before needed
     if (in_warp == 0) *reinterpret_cast<ForwardBases*>(seat.shared + p.bases_at) = ForwardBases(p, track);
     __syncwarp();
-    if (works && tiles.count() > 0) tiles.issue(p, seat, track, visit, 0);
+    if (tiles.count() > 0) tiles.issue(p, seat, track, visit, 0);
     stage_channels(p, track, reinterpret_cast<float*>(seat.shared + p.channels_at), in_warp, 32, staged_rows(p.rank));
   };
 
   if (p.chunks > 1) {
     const int summaries = p.chunks - 1, items = tasks / p.chunks * summaries * p.paths;  // nothing enters from the last
-    for (int item = blockIdx.x * kWarps + warp; item < items; item += gridDim.x * kWarps) {
+    for (int item = warp * gridDim.x + blockIdx.x; item < items; item += gridDim.x * warps) {
       const int nth = item / p.paths, path = item % p.paths, sequence = nth / summaries;
       const Track track = track_of(sequence, path);
       const int chunk = nth - sequence * summaries + (track.reversed ? 1 : 0);
       const Tiles<Scan, false> tiles(track, p.begin_of(chunk), p.begin_of(chunk + 1));
-      enter(track, tiles, {}, true);
+      enter(track, tiles, {});
       Scan scan(p, seat, track);
       scan.template advance<false>(p, seat, track, tiles, {});
       const int64_t at = track.mbk(p) * p.chunks + chunk;
@@ -81,11 +80,10 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   for (int r = 0; r < p.rounds; ++r) {
     if (r > 0) grid.sync();
     const bool pair = p.round[r].path[1] >= 0;
-    const int path = p.round[r].path[pair ? warp : 0], tasks_per_block = pair ? 1 : kWarps;
-    for (int first = blockIdx.x * tasks_per_block; first < tasks; first += gridDim.x * tasks_per_block) {
-      const int task = first + (pair ? 0 : warp);
-      const bool works = task < tasks;
-      const Track track = track_of(works ? task / p.chunks : 0, path);
+    const int path = p.round[r].path[pair ? warp % 2 : 0];
+    const int unit = pair ? warp / 2 : warp, units = pair ? warps / 2 : warps;  // each takes a task at a time
+    for (int task = unit * gridDim.x + blockIdx.x; task < tasks; task += gridDim.x * units) {
+      const Track track = track_of(task / p.chunks, path);
       const int chunk = task % p.chunks;
       const int begin = p.begin_of(chunk), end = p.begin_of(chunk + 1);
       const int middle = min(begin + (end - begin + 2 * kTile - 1) / (2 * kTile) * kTile, end);
@@ -96,18 +94,20 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       auto visit_of = [&](int part) {
         return Visit{r == 0 && (part == 0 || !pair), r == p.rounds - 1 && (part == 1 || !pair)};
       };
-      enter(track, half_of(0), visit_of(0), works);
+      enter(track, half_of(0), visit_of(0));
       Scan scan(p, seat, track);
-      if (works && p.chunks > 1) scan.load(p, seat, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane);
+      if (p.chunks > 1) scan.load(p, seat, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane);
 #pragma unroll 1
       for (int part = 0; part < 2; ++part) {
         const Tiles<Scan, true> tiles = half_of(part);
-        if (works && part == 1 && tiles.count() > 0) tiles.issue(p, seat, track, visit_of(part), 0);
-        if (works && tiles.count() > 0) scan.template advance<true>(p, seat, track, tiles, visit_of(part));
-        __syncthreads();  // the other warp's half is written
+        if (tiles.count() > 0) {
+          if (part == 1) tiles.issue(p, seat, track, visit_of(part), 0);
+          scan.template advance<true>(p, seat, track, tiles, visit_of(part));
+        }
+        if (pair) asm volatile("bar.sync %0, 64;" ::"r"(1 + unit) : "memory");  // the other warp's half is written
       }
       const bool final_chunk = chunk == (track.reversed ? 0 : p.chunks - 1);
-      if (works && p.last_state != nullptr && final_chunk) scan.store(p, seat, p.last_state + track.mbk(p) * plane);
+      if (p.last_state != nullptr && final_chunk) scan.store(p, seat, p.last_state + track.mbk(p) * plane);
     }
   }
 }
@@ -163,6 +163,12 @@ bool is_alone(const SS2DProblem& problem, const Share& share) {
   return share.states >= problem.states && problem.channels % share.channels == 0 && problem.rank > 0 &&
          problem.rank <= most_held(share.states) && problem.softplus && problem.discretization == Discretization::euler;
 }
+// See ForwardParams::whole.
+bool is_whole(const SS2DProblem& problem, const Layout& layout, const ForwardParams& params) {
+  return layout.state_lanes == 1 && problem.states == layout.states_per_thread &&
+         problem.channels % layout.block_channels == 0 && params.x.granule == 16 && params.proj.granule >= 4 &&
+         (problem.rank > 0 || params.delta.granule == 16) && params.sum_granule == 16;
+}
 // A shared decay by matrix products: the share of a warp, which is alone with its channels.
 bool is_matrix(const SS2DProblem& problem) {
   return has_shared_decay(problem) && problem.discretization == Discretization::euler && problem.states > 16 &&
@@ -188,7 +194,6 @@ ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
 
 Layout layout_of(const SS2DProblem& problem) {
   Layout best;
-  best.threads = 32 * kWarps;
   auto take = [&](const Share& share, int lanes, int block_channels) {
     best.states_per_thread = share.states;
     best.channels_per_thread = share.channels;
@@ -243,27 +248,33 @@ Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
   Layout layout = layout_of(problem);
   const Share share = {layout.states_per_thread, layout.channels_per_thread};
   lay_out(problem, layout, params);
-  layout.shared_bytes = size_t(params.warp_bytes) * kWarps;
-  const int resident = resident_blocks(reinterpret_cast<const void*>(kernel_of(problem, share)), layout);
+  const Device& device = device_for(reinterpret_cast<const void*>(kernel_of(problem, share)));
+  const int most = std::min(device.threads / 32, device.shared_bytes / params.warp_bytes) / 2 * 2;
+  if (most < 2)
+    throw std::runtime_error("ss2d: a warp needs " + std::to_string(params.warp_bytes) +
+                             " bytes of shared memory, more than half of what this device has");
+  const int64_t multiprocessors = device.multiprocessors;
   params.rounds = 0;
-  int tasks_per_block = kWarps;
+  int task_warps = 1;
   for (int axis = 0; axis < 2; ++axis) {
     std::vector<int> senses[2];
     for (int k = 0; k < problem.paths; ++k)
       if ((problem.path[k] & 1) == axis) senses[problem.path[k] >= 2].push_back(k);
     const size_t pairs = std::min(senses[0].size(), senses[1].size());
     for (size_t i = 0; i < pairs; ++i) params.round[params.rounds++] = {{senses[0][i], senses[1][i]}};
-    if (pairs > 0) tasks_per_block = 1;
+    if (pairs > 0) task_warps = 2;
     for (const auto& paths : senses)
       for (size_t i = pairs; i < paths.size(); ++i) params.round[params.rounds++] = {{paths[i], -1}};
   }
   // Chunks are walked twice, so a third of the device without them is as good as all of it with them.
   Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups,
-                         int64_t{resident} * tasks_per_block, 3, 2 * kTile);
-  // Summaries are a warp's work each.
-  const int64_t blocks = std::max(ceil_div(plan.tasks, tasks_per_block),
-                                  plan.chunks > 1 ? ceil_div(plan.tasks * problem.paths, kWarps) : 0);
-  plan.grid = std::max<int64_t>(1, std::min<int64_t>(resident, blocks));
+                         multiprocessors * most / task_warps, 3, 2 * kTile);
+  // As many warps as have work at once, evenly over the multiprocessors; summaries are a warp's work each.
+  const int64_t busy = std::max(plan.tasks * task_warps, plan.chunks > 1 ? plan.tasks * problem.paths : 0);
+  const int64_t warps = std::min<int64_t>(most, ceil_div(ceil_div(busy, multiprocessors), 2) * 2);
+  plan.layout.threads = static_cast<int>(32 * warps);
+  plan.layout.shared_bytes = size_t(params.warp_bytes) * warps;
+  plan.grid = std::min(multiprocessors, ceil_div(busy, warps));
   if (problem.dtype != DType::f32 && problem.paths > 1)
     plan.sum_at = plan.reserve(problem.modalities * problem.batch * problem.tokens() * problem.channels);
   return plan;
@@ -285,6 +296,7 @@ void ss2d_forward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS
   params.y = outputs.y;
   params.sum = problem.dtype == DType::f32 ? static_cast<float*>(outputs.y) : floats + plan.sum_at;
   params.sum_granule = granule_of(params.sum, problem.channels * 4, plan.layout.block_channels * 4);
+  params.whole = is_whole(problem, plan.layout, params);
   params.channel_shift = shift_of(plan.layout.block_channels);
   params.saved_states = static_cast<float*>(outputs.states);
   params.last_state = static_cast<float*>(outputs.last_state);

@@ -61,6 +61,7 @@ constexpr float kMostExponent = 40.f;  // of e^z, in powers of two
 template <int MT, int NT>
 struct MatrixForm {
   static constexpr bool kSharedDecay = true, kReadsDelta = true;
+  static constexpr int kStates = 0, kWarps = most_warps(false);
   static constexpr int kChannels = 2 * MT;  // of a thread, `kWide` of them neighbours
   static constexpr int kWide = kChannels < 4 ? kChannels : 4;
   int g, t, first_d;
@@ -203,7 +204,8 @@ struct MatrixForm {
                           const Tiles<MatrixForm, kOutput>& tiles, Visit visit) {
 #pragma unroll 1
     for (int tile = 0; tile < tiles.count(); ++tile) {
-      const int q0 = tiles.first_token(tile), count = min(kTile, tiles.to - q0), buffer = (tile & 1) * kTile;
+      const int q0 = tiles.first_token(tile), buffer = (tile & 1) * kTile;
+      const Slots slots(track, min(kTile, tiles.to - q0));
       char* const shared = seat.shared + opaque(0);
       const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * p.pitch * p.element());
       copies_wait();
@@ -221,9 +223,8 @@ struct MatrixForm {
         if (saved != nullptr) store(p, seat, saved);
       }
 
-      // Tokens in the order of the path; the thread's are numbers 2t and 2t + 1. Those past the end change nothing.
-      auto place = [&](int number) { return track.reversed ? kTile - 1 - number : number; };
-      const int at[2] = {place(2 * t), place(2 * t + 1)};
+      // Slots are in the order of the path; the thread's are 2t and 2t + 1. Those past the end change nothing.
+      const int at[2] = {2 * t, 2 * t + 1};
       const float* const row[2] = {rows + at[0] * p.pitch, rows + at[1] * p.pitch};
       const int x_bytes = p.x_pitch * p.element();
       const char* const x_rows = shared + p.x_at + buffer * x_bytes;
@@ -238,10 +239,10 @@ struct MatrixForm {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) input[i][c] *= step[i][c];
       }
-      if (count < kTile) {
+      if (slots.end - slots.first < kTile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (at[i] < count) continue;
+          if (slots.hold(at[i])) continue;
 #pragma unroll
           for (int c = 0; c < kChannels; ++c) step[i][c] = input[i][c] = 0.f;
         }
@@ -281,7 +282,7 @@ struct MatrixForm {
         }
       } else {
         float products[4] = {};  // C B^T: this thread's of token g with 2t and 2t + 1
-        const float* const row_g = rows + place(g) * p.pitch + 2 * t;
+        const float* const row_g = rows + g * p.pitch + 2 * t;
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
           float v[2];
@@ -310,12 +311,10 @@ struct MatrixForm {
         } else {
           compute_steps(p, row, channels + opaque(0), delta, step);  // again: kept, they would be spilled
 #pragma unroll 1
-          for (int number = 0; number < kTile; ++number) {
-            if (place(number) >= count) continue;
-            one_by_one(number, rows + place(number) * p.pitch + 2 * t, p.padded_states, step, input, y);
-          }
+          for (int slot = slots.first; slot < slots.end; ++slot)
+            one_by_one(slot, rows + slot * p.pitch + 2 * t, p.padded_states, step, input, y);
         }
-        write(p, seat, track, at, count, buffer, visit, y);
+        write(p, seat, track, at, slots, buffer, visit, y);
       }
     }
   }
@@ -343,13 +342,13 @@ struct MatrixForm {
     for (int j = 0; j < NT; ++j) multiply_add(h[m][j], split, Split<2>(row[0][8 * j + g], row[1][8 * j + g]));
   }
   // The recurrence for one token of the tile. `row` is at the thread's first state of B, C lies `to_c` further on.
-  __device__ void one_by_one(int number, const float* row, int to_c, const float (&step)[2][kChannels],
+  __device__ void one_by_one(int slot, const float* row, int to_c, const float (&step)[2][kChannels],
                              const float (&input)[2][kChannels], float (&y)[2][kChannels]) {
-    const bool odd = number % 2 == 1, owns = t == number / 2;
+    const bool odd = slot % 2 == 1, owns = t == slot / 2;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      const float decay = exp2_fast(a[c] * __shfl_sync(0xffffffffu, odd ? step[1][c] : step[0][c], number / 2, 4));
-      const float u = __shfl_sync(0xffffffffu, odd ? input[1][c] : input[0][c], number / 2, 4);
+      const float decay = exp2_fast(a[c] * __shfl_sync(0xffffffffu, odd ? step[1][c] : step[0][c], slot / 2, 4));
+      const float u = __shfl_sync(0xffffffffu, odd ? input[1][c] : input[0][c], slot / 2, 4);
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
@@ -370,7 +369,7 @@ struct MatrixForm {
     }
   }
   // Adds the skip to y of the thread's tokens and both to memory.
-  __device__ void write(const ForwardParams& p, const Seat& seat, const Track& track, const int (&at)[2], int count,
+  __device__ void write(const ForwardParams& p, const Seat& seat, const Track& track, const int (&at)[2], Slots slots,
                         int buffer, Visit visit, float (&y)[2][kChannels]) {
     const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
     const char* const shared = seat.shared + opaque(0);
@@ -379,7 +378,7 @@ struct MatrixForm {
     read_channels(reinterpret_cast<const float*>(shared + p.channels_at) + kSkipRow * p.block_channels, skip);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (at[i] >= count) continue;
+      if (!slots.hold(at[i])) continue;
       float x[kChannels];
       read_staged(p, shared + p.x_at + (buffer + at[i]) * x_bytes, x);
 #pragma unroll
@@ -387,22 +386,24 @@ struct MatrixForm {
       const int64_t offset = reinterpret_cast<const int64_t*>(shared + p.offsets_at)[buffer + at[i]];
       const float* const before =
           reinterpret_cast<const float*>(shared + p.sum_at) + (buffer + at[i]) * p.block_channels;
+      visit.merge(p, [&](auto how) {
 #pragma unroll
-      for (int c = 0; c < kChannels; c += kWide) {
-        const int exist = p.channels - track.first_d - channel(c);
-        if (p.channels % kWide == 0) {
-          float some[kWide];
+        for (int c = 0; c < kChannels; c += kWide) {
+          const int exist = p.channels - track.first_d - channel(c);
+          if (p.channels % kWide == 0) {
+            float some[kWide];
 #pragma unroll
-          for (int k = 0; k < kWide; ++k) some[k] = y[i][c + k];
-          if (exist > 0) merge<kWide>(p, bases, visit, offset, channel(c), before, some);
-        } else {
+            for (int k = 0; k < kWide; ++k) some[k] = y[i][c + k];
+            if (exist > 0) merge<how.value, kWide>(p, bases, offset, channel(c), before, some);
+          } else {
 #pragma unroll
-          for (int k = 0; k < kWide; ++k) {
-            const float one[1] = {y[i][c + k]};
-            if (k < exist) merge<1>(p, bases, visit, offset, channel(c) + k, before, one);
+            for (int k = 0; k < kWide; ++k) {
+              const float one[1] = {y[i][c + k]};
+              if (k < exist) merge<how.value, 1>(p, bases, offset, channel(c) + k, before, one);
+            }
           }
         }
-      }
+      });
     }
   }
 };

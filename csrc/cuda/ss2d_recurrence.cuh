@@ -19,12 +19,11 @@ struct StepWeights {
   }
 };
 
-// dt_bias + low rank * dt_weight of one token (0 < rank <= kHeld), from its staged row; zeros follow the low-rank part.
+// dt_bias + low rank * dt_weight of one token (0 < rank <= kHeld); zeros follow the staged low-rank part.
 template <int CH, int kHeld>
-__device__ inline void held_raw(const Params& p, const float* row, const StepWeights<CH, kHeld>& weights,
-                                float (&raw)[CH]) {
+__device__ inline void held_raw(const float* low_part, const StepWeights<CH, kHeld>& weights, float (&raw)[CH]) {
   float low[kHeld];
-  read_floats<kHeld>(row + 2 * p.padded_states, low);
+  read_floats<kHeld>(low_part, low);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
     raw[c] = weights.bias[c];
@@ -133,7 +132,10 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
                      const Tiles<Recurrence<NS, CH, kSharedDecay, kZoh, kHeld>, kOutput>& tiles, Visit visit,
                      const float (&a)[CH][kSharedDecay ? 1 : NS], float (&h)[CH][NS], float (&step_sum)[CH]) {
   constexpr bool kAlone = kHeld > 0;
-  constexpr int kQuad = NS < 4 ? NS : 4;
+  constexpr int kQuad = NS < 4 ? NS : 4, kPadded = padded_of(NS);
+  // Known where the thread is alone.
+  const int pitch = kAlone ? pitch_of(kPadded, kHeld) : p.pitch, padded_states = kAlone ? kPadded : p.padded_states;
+  const int block_channels = kAlone ? 32 * CH : p.block_channels;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   constexpr bool kFromEnd = kSharedDecay && !kOutput;
   float after[CH];  // from the end: the decay of all tokens after this one
@@ -151,24 +153,34 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
   for (int tile = 0; tile < tiles.count(); ++tile) {
     const int q0 = tiles.first_token(tile), buffer = (tile & 1) * kTile;
     char* const shared = seat.shared + opaque(0);
-    const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * p.pitch * p.element());
-    float* x_rows = reinterpret_cast<float*>(shared + p.x_at + buffer * p.block_channels * p.element());
+    const float* rows = reinterpret_cast<const float*>(shared + p.rows_at + buffer * pitch * p.element());
+    float* x_rows = reinterpret_cast<float*>(shared + p.x_at + buffer * block_channels * p.element());
     copies_wait();
     __syncwarp();
     if (tile + 1 < tiles.count())
       tiles.issue(p, seat, track, visit, tile + 1);  // into the buffer that everyone has left
     if (p.half) {
       float* const decoded = reinterpret_cast<float*>(shared + p.decoded_at);
-      decode_staged(reinterpret_cast<const char*>(rows), decoded, kTile * p.pitch, p.dtype);
-      decode_staged(reinterpret_cast<const char*>(x_rows), decoded + kTile * p.pitch, kTile * p.block_channels,
-                    p.dtype);
+      const char *const raw_rows = reinterpret_cast<const char*>(rows), *const raw_x = reinterpret_cast<char*>(x_rows);
+      if (NS == 1 && p.pairs) {
+        decode_pairs(raw_rows, decoded, pitch, p.dtype);
+      } else if constexpr (kAlone) {
+        decode_known<kTile * pitch_of(kPadded, kHeld)>(raw_rows, decoded, p.dtype);
+      } else {
+        decode_staged(raw_rows, decoded, kTile * pitch, p.dtype);
+      }
+      if (kAlone || p.whole) {
+        decode_known<kTile * 32 * CH>(raw_x, decoded + kTile * pitch, p.dtype);
+      } else {
+        decode_staged(raw_x, decoded + kTile * pitch, kTile * block_channels, p.dtype);
+      }
       rows = decoded;
-      x_rows = decoded + kTile * p.pitch;
+      x_rows = decoded + kTile * pitch;
       __syncwarp();
     }
     const float* steps = reinterpret_cast<const float*>(shared + p.steps_at) + seat.c;
     if constexpr (!kAlone) {
-      const char* const raw_delta = shared + p.delta_at + buffer * p.block_channels * p.element();
+      const char* const raw_delta = shared + p.delta_at + buffer * block_channels * p.element();
       if (p.state_lanes <= kTile / 4) {
         compute_steps<CH, 4>(p, seat, rows, channels, raw_delta, const_cast<float*>(steps));
       } else {
@@ -182,18 +194,18 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
       if (saved != nullptr) store_state<NS, CH>(p, saved, opaque(track.first_d) + seat.c, seat.lane, h);
     }
 
-    const int count = min(kTile, tiles.to - q0), first = tiles.descending ? count - 1 : 0;
-    const int row_step = tiles.descending ? -p.pitch : p.pitch;
-    const int x_step = tiles.descending ? -p.block_channels : p.block_channels;
-    const float* row = rows + first * p.pitch;
-    float* x_row = x_rows + first * p.block_channels + seat.c;
-    if constexpr (!kAlone) steps += first * p.block_channels;
+    const Slots slots(track, min(kTile, tiles.to - q0));
+    const int count = slots.end - slots.first, first = kFromEnd ? slots.end - 1 : slots.first;
+    const int row_step = kFromEnd ? -pitch : pitch, x_step = kFromEnd ? -block_channels : block_channels;
+    const float* row = rows + first * pitch;
+    float* x_row = x_rows + first * block_channels + seat.c;
+    if constexpr (!kAlone) steps += first * block_channels;
     // Of the token at `row`: x, its step, and what goes into the state; with a shared decay, that too.
     auto read_token = [&](const float* row, const float* x_row, const float* steps, float (&x)[CH], float (&step)[CH],
                           float (&input)[CH], float (&decay)[CH]) {
       read_floats<CH>(x_row, x);
       if constexpr (kAlone) {
-        held_raw(p, row, weights, step);
+        held_raw(row + 2 * padded_states, weights, step);
 #pragma unroll
         for (int c = 0; c < CH; ++c) step[c] = softplus(step[c]);
       } else {
@@ -217,7 +229,7 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
       for (int first = 0; first < NS; first += kQuad) {
         float b[kQuad], cc[kQuad];
         read_floats<kQuad>(bc + first, b);
-        if constexpr (kOutput) read_floats<kQuad>(bc + p.padded_states + first, cc);
+        if constexpr (kOutput) read_floats<kQuad>(bc + padded_states + first, cc);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
 #pragma unroll
@@ -267,6 +279,8 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
             }
           }
         }
+        // The lanes of a channel shuffle where they branch.
+        if constexpr (!kAlone) fits = __all_sync(0xffffffffu, fits);
         if (fits) {
 #pragma unroll
           for (int j = 0; j < kTogether; ++j) {
@@ -317,14 +331,16 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
     if constexpr (kOutput) {
       __syncwarp();
       const int64_t* const offsets = reinterpret_cast<const int64_t*>(shared + p.offsets_at) + buffer;
-      const float* const before = reinterpret_cast<const float*>(shared + p.sum_at) + buffer * p.block_channels;
+      const float* const before = reinterpret_cast<const float*>(shared + p.sum_at) + buffer * block_channels;
       const int exist = p.channels - opaque(track.first_d);
-      if (p.sum_granule == 16) {
-        merge_rows<4>(p, bases, visit, x_rows, offsets, before, count, exist);
+      if (p.whole && count == kTile) {
+        merge_tile<32 * CH>(p, bases, visit, x_rows, offsets, before);
+      } else if (p.sum_granule == 16) {
+        merge_rows<4>(p, bases, visit, x_rows, offsets, before, slots.first, slots.end, exist);
       } else if (p.sum_granule == 8) {
-        merge_rows<2>(p, bases, visit, x_rows, offsets, before, count, exist);
+        merge_rows<2>(p, bases, visit, x_rows, offsets, before, slots.first, slots.end, exist);
       } else {
-        merge_rows<1>(p, bases, visit, x_rows, offsets, before, count, exist);
+        merge_rows<1>(p, bases, visit, x_rows, offsets, before, slots.first, slots.end, exist);
       }
     }
   }
@@ -334,7 +350,8 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
 template <int NS, int CH, bool kShared, bool kZoh, int kHeld>
 struct Recurrence {
   static constexpr bool kSharedDecay = kShared, kReadsDelta = kHeld == 0;
-  static constexpr int kChannels = CH;
+  static constexpr int kWarps = most_warps(NS * CH <= 8 && !kZoh && !(kShared && CH == 2));
+  static constexpr int kChannels = CH, kStates = NS, kMostHeld = kHeld;
 
   int d;  // first channel
   float a[CH][kShared ? 1 : NS], h[CH][NS], step_sum[CH];
