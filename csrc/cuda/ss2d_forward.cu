@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(32 * Scan::kWarps, 1) ss2d_forward_kernel(cons
       for (int part = 0; part < 2; ++part) {
         const Tiles<Scan, true> tiles = half_of(part);
         if (tiles.count() > 0) {
+          __syncwarp();  // nobody reads the tile before
           if (part == 1) tiles.issue(p, seat, track, visit_of(part), 0);
           scan.template advance<true>(p, seat, track, tiles, visit_of(part));
         }

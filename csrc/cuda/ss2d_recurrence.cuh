@@ -253,6 +253,8 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
         if constexpr (kOutput && !kAlone)
           for (int off = 1; off < p.state_lanes; off *= 2) y[c] += __shfl_xor_sync(0xffffffffu, y[c], off);
       }
+      if constexpr (kOutput && !kAlone)
+        if (p.state_lanes > 1) __syncwarp();  // all lanes have read x, whose place y takes
     };
     // y of a token takes the place of its x, which no lane of the channels needs any more.
     auto keep_token = [&](float* x_row, const float (&x)[CH], float (&y)[CH]) {
