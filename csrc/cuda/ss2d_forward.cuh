@@ -9,8 +9,8 @@ namespace diffmf {
 namespace cuda {
 namespace {
 
-// Of a block, of which a multiprocessor holds one: at most 168 registers a thread, or 128.
-// Not of fewer warps each: blocks that share a multiprocessor do not advance evenly, and the last one is alone at last.
+// Warps of a block, of which a multiprocessor holds one: at most 168 registers a thread, or 128. Several smaller blocks
+// would not advance evenly, and the last one of them would run alone.
 constexpr int most_warps(bool few_registers) { return few_registers ? 16 : 12; }
 constexpr int kTile = 8;                 // tokens staged at a time; divides what is between two saved states
 constexpr int kTokenLanes = 32 / kTile;  // lanes that copy one token of a tile: fewer would copy less of a row at once
@@ -204,17 +204,27 @@ struct Slots {
   __device__ bool hold(int slot) const { return slot >= first && slot < end; }
 };
 
+// Which token of the tile from `first` on a thread helps to copy: its pixel, and its slot in the two buffers. Past
+// `end`: the last token once more.
+struct Target {
+  int pixel, slot;
+  __device__ Target(const ForwardParams& p, const Seat& seat, const Track& track, int first, int end, int buffer) {
+    const int place = opaque(seat.copy_token);
+    pixel = track.pixel(p, min(first + (track.reversed ? kTile - 1 - place : place), end - 1));
+    slot = buffer * kTile + place;
+  }
+};
+
 // Starts the copies of the tile of tokens from `first` on into one of the two buffers, and notes where its tokens are
-// in y if kOutput. Past `end`: the last token once more.
+// in y if kOutput.
 template <bool kOutput>
 __device__ inline void issue_tile(const ForwardParams& p, const Seat& seat, const Track& track, int first, int end,
                                   int buffer, bool delta, bool sum) {
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   const int lane = opaque(seat.copy_lane), element = opaque(p.element());
   const int real_bytes = min(p.block_channels, p.channels - opaque(track.first_d)) * element;
-  const int place = opaque(seat.copy_token);
-  const int pixel = track.pixel(p, min(first + (track.reversed ? kTile - 1 - place : place), end - 1));
-  const int slot = buffer * kTile + place, x_bytes = p.x_pitch * element;
+  const auto [pixel, slot] = Target(p, seat, track, first, end, buffer);
+  const int x_bytes = p.x_pitch * element;
   char* const shared = seat.shared + opaque(0);
   if (kOutput && lane == 0) reinterpret_cast<int64_t*>(shared + p.offsets_at)[slot] = int64_t{pixel} * p.channels;
   copy_proj<kOutput>(p, bases, pixel, shared + p.rows_at + slot * p.pitch * element, lane);
@@ -247,9 +257,8 @@ __device__ inline void issue_whole_tile(const ForwardParams& p, const Seat& seat
   constexpr int kStatesBytes = (kOutput ? 2 : 1) * NS * kElement;
   const int pitch = kHeld > 0 ? pitch_of(kPadded, kHeld) : p.pitch;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
-  const int lane = opaque(seat.copy_lane), place = opaque(seat.copy_token);
-  const int pixel = track.pixel(p, min(first + (track.reversed ? kTile - 1 - place : place), end - 1));
-  const int slot = buffer * kTile + place;
+  const int lane = opaque(seat.copy_lane);
+  const auto [pixel, slot] = Target(p, seat, track, first, end, buffer);
   if (kOutput && lane == 0)
     reinterpret_cast<int64_t*>(seat.shared + opaque(p.offsets_at))[slot] = int64_t{pixel} * p.channels;
   const uint32_t shared = shared_address(seat.shared) + opaque(0), row = shared + p.rows_at + slot * pitch * kElement;
@@ -295,7 +304,7 @@ struct Tiles {
   __device__ void issue(const ForwardParams& p, const Seat& seat, const Track& track, Visit visit, int tile) const {
     if constexpr (Scan::kStates > 0) {
       const auto issue_whole = [&](auto half) {
-        issue_whole_tile<Scan::kStates, Scan::kChannels, Scan::kMostHeld, kOutput, decltype(half)::value>(
+        issue_whole_tile<Scan::kStates, Scan::kChannels, Scan::kMostHeld, kOutput, half.value>(
             p, seat, track, first_token(tile), to, tile & 1, visit.reads(p));
       };
       if (p.whole && p.half) return issue_whole(std::true_type());
