@@ -205,9 +205,9 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
 inline bool has_shared_decay(const SS2DProblem& problem) { return problem.shared_decay && problem.states > 1; }
 
 template <typename P>
-void launch_cooperative(void (*kernel)(P), const Plan& plan, P& params, void* stream) {
+void launch_cooperative(const void* kernel, const Plan& plan, P& params, void* stream) {
   void* arguments[] = {&params};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(plan.grid)),
+  check(cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(plan.grid)),
                                     dim3(static_cast<unsigned>(plan.layout.threads)), arguments,
                                     plan.layout.shared_bytes, static_cast<cudaStream_t>(stream)),
         "ss2d launch");

@@ -301,8 +301,8 @@ void ss2d_forward(const SS2DProblem& problem, const SS2DInputs& inputs, const SS
   params.channel_shift = shift_of(plan.layout.block_channels);
   params.saved_states = static_cast<float*>(outputs.states);
   params.last_state = static_cast<float*>(outputs.last_state);
-  launch_cooperative(kernel_of(problem, {plan.layout.states_per_thread, plan.layout.channels_per_thread}), plan, params,
-                     stream);
+  const ForwardKernel kernel = kernel_of(problem, {plan.layout.states_per_thread, plan.layout.channels_per_thread});
+  launch_cooperative(reinterpret_cast<const void*>(kernel), plan, params, stream);
 }
 
 }  // namespace cuda

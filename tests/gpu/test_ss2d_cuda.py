@@ -120,9 +120,13 @@ def test_long_sequences_match_float64(height, width, paths):
         assert_close(found, wanted, 1e-4, name)
 
 
-# Blocks of 96 threads in the backward pass: not every division of the work among threads comes out even.
-@pytest.mark.parametrize(("batch", "side", "channels", "states"), [(64, 28, 384, 1), (2, 90, 48, 16)])
-def test_blocks_of_three_warps_match_float64(batch, side, channels, states):
+# Where the work does not divide evenly in the backward pass: blocks of 96 threads, and chunks that begin between two
+# saved states.
+@pytest.mark.parametrize(
+    ("batch", "side", "channels", "states"),
+    [(64, 28, 384, 1), (2, 90, 48, 16), (1, 32, 64, 16), (1, 95, 64, 16), (3, 41, 64, 8), (32, 57, 96, 16)],
+)
+def test_uneven_divisions_match_float64(batch, side, channels, states):
     tensors = make_inputs(batch=batch, height=side, width=side, channels=channels, states=states, device="cuda")
     seed = torch.randn(tensors[0].shape)
     y, gradients = with_gradients(ss2d, tensors, seed)
