@@ -148,17 +148,21 @@ ForwardKernel alone_kernel(const Share& share, int64_t rank) {
   }
   return nullptr;
 }
-template <bool kSharedDecay, bool kZoh>
+template <bool kSharedDecay>
 ForwardKernel shared_kernel(const Share& share) {
   if (share.channels != 2) return nullptr;
-  if constexpr (!kZoh) {
-    if (share.states == 16) return ss2d_forward_kernel<Recurrence<16, 2, kSharedDecay, kZoh, 0>>;
-  }
-  if (share.states == 4) return ss2d_forward_kernel<Recurrence<4, 2, kSharedDecay, kZoh, 0>>;
-  if constexpr (!kSharedDecay && !kZoh) {
-    if (share.states == 1) return ss2d_forward_kernel<Recurrence<1, 2, kSharedDecay, kZoh, 0>>;
+  if (share.states == 16) return ss2d_forward_kernel<Recurrence<16, 2, kSharedDecay, false, 0>>;
+  if (share.states == 4) return ss2d_forward_kernel<Recurrence<4, 2, kSharedDecay, false, 0>>;
+  if constexpr (!kSharedDecay) {
+    if (share.states == 1) return ss2d_forward_kernel<Recurrence<1, 2, kSharedDecay, false, 0>>;
   }
   return nullptr;
+}
+// One for all: 32 threads of eight states are as many states as there can be.
+template <bool kSharedDecay>
+ForwardKernel zoh_kernel(const Share& share) {
+  if (share.states != 8 || share.channels != 1) return nullptr;
+  return ss2d_forward_kernel<Recurrence<8, 1, kSharedDecay, true, 0>>;
 }
 bool is_alone(const SS2DProblem& problem, const Share& share) {
   return share.states >= problem.states && problem.channels % share.channels == 0 && problem.rank > 0 &&
@@ -186,11 +190,12 @@ ForwardKernel matrix_kernel(const Share& share) {
 // Null where it was not compiled.
 ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
   if (is_matrix(problem)) return matrix_kernel(share);
-  const bool zoh = problem.discretization == Discretization::zoh, shared_decay = has_shared_decay(problem);
+  const bool shared_decay = has_shared_decay(problem);
+  if (problem.discretization == Discretization::zoh)
+    return shared_decay ? zoh_kernel<true>(share) : zoh_kernel<false>(share);
   if (is_alone(problem, share))
     return shared_decay ? alone_kernel<true>(share, problem.rank) : alone_kernel<false>(share, problem.rank);
-  if (shared_decay) return zoh ? shared_kernel<true, true>(share) : shared_kernel<true, false>(share);
-  return zoh ? shared_kernel<false, true>(share) : shared_kernel<false, false>(share);
+  return shared_decay ? shared_kernel<true>(share) : shared_kernel<false>(share);
 }
 
 Layout layout_of(const SS2DProblem& problem) {

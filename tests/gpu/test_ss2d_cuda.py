@@ -138,6 +138,24 @@ def test_uneven_divisions_match_float64(batch, side, channels, states):
         assert_close(found, wanted, 1e-4, name)
 
 
+# Up to 256 states, in both discretizations.
+@pytest.mark.parametrize("shared_decay", [False, True], ids=["A", "scalar_A"])
+@pytest.mark.parametrize("discretization", ["euler", "zoh"])
+@pytest.mark.parametrize("states", [129, 256])
+def test_most_states_match_float64(states, discretization, shared_decay):
+    tensors = make_inputs(height=9, width=23, channels=6, states=states, shared_decay=shared_decay, device="cuda")
+    seed = torch.randn(tensors[0].shape)
+    y, gradients = with_gradients(lambda *t: ss2d(*t, discretization=discretization), tensors, seed)
+    expected, expected_gradients = with_gradients(
+        lambda *t: ss2d(*t, discretization=discretization), double(tensors), seed
+    )
+    assert_close(y, expected, 1e-5, "y")
+    for name, found, wanted in zip(
+        ("x", "proj", "dt_weight", "dt_bias", "A", "D"), gradients, expected_gradients, strict=True
+    ):
+        assert_close(found, wanted, 1e-4, name)
+
+
 def test_default_width_at_a_megapixel_matches_float64():
     # The paper's width, 1,048,576 tokens, against the CPU kernel in float64.
     tensors = make_inputs(height=1024, width=1024, channels=64, states=16, paths=(0,), device="cuda")
