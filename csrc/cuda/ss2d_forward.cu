@@ -158,11 +158,12 @@ ForwardKernel shared_kernel(const Share& share) {
   }
   return nullptr;
 }
-// One for all: 32 threads of eight states are as many states as there can be.
+// 32 threads of eight states are as many states as there can be; up to four are better off with two channels.
 template <bool kSharedDecay>
 ForwardKernel zoh_kernel(const Share& share) {
-  if (share.states != 8 || share.channels != 1) return nullptr;
-  return ss2d_forward_kernel<Recurrence<8, 1, kSharedDecay, true, 0>>;
+  if (share.states == 8 && share.channels == 1) return ss2d_forward_kernel<Recurrence<8, 1, kSharedDecay, true, 0>>;
+  if (share.states == 4) return ss2d_forward_kernel<Recurrence<4, 2, kSharedDecay, true, 0>>;
+  return nullptr;
 }
 bool is_alone(const SS2DProblem& problem, const Share& share) {
   return share.states >= problem.states && problem.channels % share.channels == 0 && problem.rank > 0 &&
