@@ -1097,7 +1097,14 @@ struct StateSums {
     } else {
       float* const to = warp.scratch + j % kBatch * WarpMemory<NS>::kPitch + warp.in_warp * NS;
 #pragma unroll
-      for (int n = 0; n < NS; n += 4) store_together<4, false>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
+      for (int n = 0; n < NS; n += 4) {
+        const float quad[4] = {v[n], v[n + 1], v[n + 2], v[n + 3]};
+        if constexpr (kLanes > 0) {
+          store_together<4, false>(to + n, quad);
+        } else {  // not across opaque slots: the next token's loads would wait for the store
+          write_floats<4>(to + n, quad);
+        }
+      }
       if (complete)
         sum_batch<NS, kLanes>(p, warp.scratch, warp.lane_id, warp.sums + (j - j % kBatch) * p.pitch + column);
     }
