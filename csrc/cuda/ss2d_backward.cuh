@@ -1620,7 +1620,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
 using BackwardKernel = void (*)(BackwardParams);
 
 // kLanes of the kernel.
-int known_lanes(const SS2DProblem& problem, const Layout& layout) {
+inline int known_lanes(const SS2DProblem& problem, const Layout& layout) {
   if (problem.discretization != Discretization::euler) return 0;
   return layout.states_per_thread <= kDefaultStates ? layout.state_lanes : 0;
 }
