@@ -124,6 +124,11 @@ struct Spacing {
 // One decay for all states of a channel: what comes of a step is the same for its lanes, so it is computed where the
 // step is, once.
 constexpr bool has_token_decay(bool shared_decay, bool zoh) { return shared_decay && !zoh; }
+// The decay that a channel's states share, if they do, from what stands for it: the decay itself or the step.
+template <bool kSharedDecay, bool kTokenDecay>
+__device__ inline float shared_decay_of(float token, float a) {
+  return kTokenDecay ? token : kSharedDecay ? exp2_fast(token * a) : 0.f;
+}
 // The steps of a tile stay beside it where its tokens do not hold them, or no longer.
 constexpr bool keeps_steps(int lanes, bool token_decay) { return lanes == 0 || token_decay; }
 
@@ -270,22 +275,19 @@ __device__ inline void copy_some(uint32_t to, const char* from, int bytes, int l
   for (int i = lane * kBytes; i < bytes; i += lanes * kBytes) copy_async<kBytes>(to + i, from + i);
 }
 
-// Which token of a tile a thread helps to copy: its slot, and its pixel. Past the end: the last token once more, and
-// the tile's pixel is -1.
+// The pixel of the token in a slot of a tile, noted for who needs it later if `notes`. Past the end: the last token's
+// once more, and -1 is noted.
 template <Reads kReads>
-struct Target {
-  int slot, pixel;
-  __device__ Target(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer, int slot,
-                    bool notes)
-      : slot(slot) {
-    constexpr int kTokens = tile_of(kReads);
-    const int q = q0 + (walk.track.reversed ? kTokens - 1 - slot : slot);
-    pixel = walk.track.pixel(p, min(q, p.tokens - 1));
-    if (notes)
-      reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + slot] =
-          q < p.tokens ? pixel : -1;
-  }
-};
+__device__ inline int pixel_of(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
+                               int slot, bool notes) {
+  constexpr int kTokens = tile_of(kReads);
+  const int q = q0 + (walk.track.reversed ? kTokens - 1 - slot : slot);
+  const int pixel = walk.track.pixel(p, min(q, p.tokens - 1));
+  if (notes)
+    reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + slot] =
+        q < p.tokens ? pixel : -1;
+  return pixel;
+}
 
 // Starts the copies of the tile of tokens [q0, q0 + kTokens) in the order of the scan, into buffer 0 or 1 (of
 // float): each warp takes runs.
@@ -293,8 +295,9 @@ template <Reads kReads>
 __device__ inline void issue_runs(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
                                   bool back) {
   constexpr int kTokens = tile_of(kReads), kLanes = 32 / kTokens;
-  const int lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32, lane = lane_id % kLanes;
-  const auto [token, pixel] = Target<kReads>(p, place, walk, q0, buffer, lane_id / kLanes, warp == 0);
+  const int lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
+  const int token = lane_id / kLanes, lane = lane_id % kLanes;
+  const int pixel = pixel_of<kReads>(p, place, walk, q0, buffer, token, warp == 0);
   const int count = kReads == Reads::c_dy || !back ? 3 : p.pairs || p.padded_states == p.states ? 4 : 5;
 #pragma unroll 1
   for (int i = warp; i < count; i += blockDim.x / 32) {
@@ -348,7 +351,7 @@ __device__ inline void issue_whole_tile(const BackwardParams& p, const Place& pl
   const Stage& stage = stage_of<kReads>(p);
   const int thread = opaque(threadIdx.x), parts = kParts > 0 ? kParts : static_cast<int>(stage.by_parts.divisor);
   const int token = kParts > 0 ? thread / kParts : stage.by_parts.quotient(thread), part = thread - token * parts;
-  const int pixel = Target<kReads>(p, place, walk, q0, buffer, token, part == 0).pixel;
+  const int pixel = pixel_of<kReads>(p, place, walk, q0, buffer, token, part == 0);
   // All addresses before the first copy, behind which what is in shared memory would be read again.
   auto at_token = [&](RunOf run, int stride, int piece) {
     return walk.runs[run].from + (static_cast<uint32_t>(pixel) * static_cast<uint32_t>(stride) + part * piece);
@@ -613,9 +616,7 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
   read_floats<NS>(tile.rows + t * spacing.bc + place.lane * NS, b);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
-    const float shared_decay = has_token_decay(kSharedDecay, kZoh) ? token[c]
-                               : kSharedDecay                      ? exp2_fast(token[c] * a[c][0])
-                                                                   : 0.f;
+    const float shared_decay = shared_decay_of<kSharedDecay, has_token_decay(kSharedDecay, kZoh)>(token[c], a[c][0]);
 #pragma unroll
     for (int j = 0; j < NS; ++j) {
       const float a_j = a[c][kSharedDecay ? 0 : j];
@@ -658,7 +659,7 @@ __device__ void summarize_chunk(const BackwardParams& p, const Place& place, con
       read_floats<NS>(tile.rows + t * spacing.bc + spacing.bc / 2 + place.lane * NS, c_row);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const float shared_decay = kTokenDecay ? token[CH + c] : kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+        const float shared_decay = shared_decay_of<kSharedDecay, kTokenDecay>(token[kTokenDecay ? CH + c : c], a[c][0]);
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
           const float decay = kSharedDecay ? shared_decay : exp2_fast(token[c] * a[c][kSharedDecay ? 0 : n]);
@@ -1097,14 +1098,7 @@ struct StateSums {
     } else {
       float* const to = warp.scratch + j % kBatch * WarpMemory<NS>::kPitch + warp.in_warp * NS;
 #pragma unroll
-      for (int n = 0; n < NS; n += 4) {
-        const float quad[4] = {v[n], v[n + 1], v[n + 2], v[n + 3]};
-        if constexpr (kLanes > 0) {
-          store_together<4, false>(to + n, quad);
-        } else {  // not across opaque slots: the next token's loads would wait for the store
-          write_floats<4>(to + n, quad);
-        }
-      }
+      for (int n = 0; n < NS; n += 4) store_together<4, false>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
       if (complete)
         sum_batch<NS, kLanes>(p, warp.scratch, warp.lane_id, warp.sums + (j - j % kBatch) * p.pitch + column);
     }
@@ -1223,7 +1217,7 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
     read_floats<NS>(row + spacing.bc / 2, c_row);
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
-      const float shared_decay = kTokenDecay ? token[c] : kSharedDecay ? exp2_fast(token[c] * a[c][0]) : 0.f;
+      const float shared_decay = shared_decay_of<kSharedDecay, kTokenDecay>(token[c], a[c][0]);
 #pragma unroll
       for (int n = 0; n < NS; ++n) {
         const float a_n = a[c][kSharedDecay ? 0 : n];
@@ -1343,42 +1337,41 @@ __device__ inline void write_parameters(const BackwardParams& p, const Place& pl
 // every tile a chunk is one piece. A piece is taken along the scan up to its last tile in the chunk, which leaves the
 // state at the entry of each, and then back to its first: both in one loop, as its code should stay in the instruction
 // cache.
+template <bool kTilesSaved>
 struct Visit {
   int piece, begin, tiles;  // the piece's number, its first token on the axis, and its tiles
   int first, last, tile;    // those of the chunk, and the one visited, in the order of the scan
   bool back;
 
-  __device__ Visit(const BackwardParams& p, const Walk& walk, bool tiles_saved) {
-    enter(p, walk, tiles_saved, walk.track.reversed ? walk.begin / kPiece : (walk.end - 1) / kPiece);
+  __device__ Visit(const BackwardParams& p, const Walk& walk) {
+    enter(p, walk, walk.track.reversed ? walk.begin / kPiece : (walk.end - 1) / kPiece);
   }
-  __device__ void enter(const BackwardParams& p, const Walk& walk, bool tiles_saved, int number) {
+  __device__ void enter(const BackwardParams& p, const Walk& walk, int number) {
     piece = number;
-    begin = tiles_saved ? walk.begin : piece * kPiece;
-    const int end = tiles_saved ? walk.end : min(begin + kPiece, p.tokens);
+    begin = kTilesSaved ? walk.begin : piece * kPiece;
+    const int end = kTilesSaved ? walk.end : min(begin + kPiece, p.tokens);
     tiles = (end - begin + kTile - 1) / kTile;
     const int before = max(walk.begin - begin, 0) / kTile, after = (max(end - walk.end, 0) + kTile - 1) / kTile;
     first = walk.track.reversed ? after : before;
     last = tiles - 1 - (walk.track.reversed ? before : after);
-    tile = tiles_saved ? last : 0;
+    tile = kTilesSaved ? last : 0;
     back = tile == last;
   }
   // False where the walk ends.
-  __device__ bool advance(const BackwardParams& p, const Walk& walk, bool tiles_saved) {
+  __device__ bool advance(const BackwardParams& p, const Walk& walk) {
     if (!back) {
       back = ++tile == last;
     } else if (tile > first) {
       --tile;
-    } else if (tiles_saved || (walk.track.reversed ? begin + kPiece >= walk.end : begin <= walk.begin)) {
+    } else if (kTilesSaved || (walk.track.reversed ? begin + kPiece >= walk.end : begin <= walk.begin)) {
       return false;
     } else {
-      enter(p, walk, false, walk.track.reversed ? piece + 1 : piece - 1);
+      enter(p, walk, walk.track.reversed ? piece + 1 : piece - 1);
     }
     return true;
   }
   // The state with which the piece is entered is needed.
-  __device__ bool enters(bool tiles_saved) const {
-    return tiles_saved ? tile == last : tile == 0 && back == (last == 0);
-  }
+  __device__ bool enters() const { return kTilesSaved ? tile == last : tile == 0 && back == (last == 0); }
   __device__ int first_token(const Walk& walk) const {
     return begin + (walk.track.reversed ? tiles - 1 - tile : tile) * kTile;
   }
@@ -1404,14 +1397,14 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
     load_state<NS, CH>(p, p.saved_states + piece * p.states * p.channels, walk.track.first_d + place.c, place.lane, h);
   };
 
-  Visit visit(p, walk, kTilesSaved);
+  Visit<kTilesSaved> visit(p, walk);
   float h[CH][NS] = {};
   issue_first_tile<Reads::all>(p, place, visit.first_token(walk), visit.back);
 #pragma unroll 1
   for (int buffer = 0;; buffer ^= 1) {
-    Visit next = visit;
-    const bool more = next.advance(p, walk, kTilesSaved);
-    if (visit.enters(kTilesSaved)) load_saved(visit.first_token(walk), h);
+    Visit<kTilesSaved> next = visit;
+    const bool more = next.advance(p, walk);
+    if (visit.enters()) load_saved(visit.first_token(walk), h);
     const Tile tile = prepare_tile<Reads::all, kSharedDecay, kZoh, kHalf, CH, kLanes>(
         p, place, walk, a, visit.first_token(walk), buffer, visit.back, [&] {
           if (more)
