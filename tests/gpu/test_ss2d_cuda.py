@@ -50,6 +50,18 @@ def capture(function):
     return graph, result
 
 
+def assert_matches_float64(tensors, **options):
+    """y and every gradient of ss2d against the CPU kernel in float64."""
+    seed = torch.randn(tensors[0].shape)
+    y, gradients = with_gradients(lambda *t: ss2d(*t, **options), tensors, seed)
+    expected, expected_gradients = with_gradients(lambda *t: ss2d(*t, **options), double(tensors), seed)
+    assert_close(y, expected, 1e-5, "y")
+    for name, found, wanted in zip(
+        ("x", "proj", "dt_weight", "dt_bias", "A", "D"), gradients, expected_gradients, strict=True
+    ):
+        assert_close(found, wanted, 1e-4, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("exchange", ["none", "mutual", "from_visible"])
 def test_one_kernel_node_per_pass(dtype, exchange):
@@ -110,14 +122,7 @@ def test_runs_on_the_current_stream():
 )
 def test_long_sequences_match_float64(height, width, paths):
     tensors = make_inputs(height=height, width=width, channels=8, states=4, paths=paths, device="cuda")
-    seed = torch.randn(tensors[0].shape)
-    y, gradients = with_gradients(lambda *t: ss2d(*t, paths=paths), tensors, seed)
-    expected, expected_gradients = with_gradients(lambda *t: ss2d(*t, paths=paths), double(tensors), seed)
-    assert_close(y, expected, 1e-5, "y")
-    for name, found, wanted in zip(
-        ("x", "proj", "dt_weight", "dt_bias", "A", "D"), gradients, expected_gradients, strict=True
-    ):
-        assert_close(found, wanted, 1e-4, name)
+    assert_matches_float64(tensors, paths=paths)
 
 
 # Where the work does not divide evenly in the backward pass: blocks of 96 threads, and chunks that begin between two
@@ -128,14 +133,7 @@ def test_long_sequences_match_float64(height, width, paths):
 )
 def test_uneven_divisions_match_float64(batch, side, channels, states):
     tensors = make_inputs(batch=batch, height=side, width=side, channels=channels, states=states, device="cuda")
-    seed = torch.randn(tensors[0].shape)
-    y, gradients = with_gradients(ss2d, tensors, seed)
-    expected, expected_gradients = with_gradients(ss2d, double(tensors), seed)
-    assert_close(y, expected, 1e-5, "y")
-    for name, found, wanted in zip(
-        ("x", "proj", "dt_weight", "dt_bias", "A", "D"), gradients, expected_gradients, strict=True
-    ):
-        assert_close(found, wanted, 1e-4, name)
+    assert_matches_float64(tensors)
 
 
 # Up to 256 states, in both discretizations.
@@ -144,16 +142,7 @@ def test_uneven_divisions_match_float64(batch, side, channels, states):
 @pytest.mark.parametrize("states", [129, 256])
 def test_most_states_match_float64(states, discretization, shared_decay):
     tensors = make_inputs(height=9, width=23, channels=6, states=states, shared_decay=shared_decay, device="cuda")
-    seed = torch.randn(tensors[0].shape)
-    y, gradients = with_gradients(lambda *t: ss2d(*t, discretization=discretization), tensors, seed)
-    expected, expected_gradients = with_gradients(
-        lambda *t: ss2d(*t, discretization=discretization), double(tensors), seed
-    )
-    assert_close(y, expected, 1e-5, "y")
-    for name, found, wanted in zip(
-        ("x", "proj", "dt_weight", "dt_bias", "A", "D"), gradients, expected_gradients, strict=True
-    ):
-        assert_close(found, wanted, 1e-4, name)
+    assert_matches_float64(tensors, discretization=discretization)
 
 
 def test_default_width_at_a_megapixel_matches_float64():
