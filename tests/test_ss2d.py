@@ -90,6 +90,20 @@ def test_zoh_is_accurate_for_tiny_steps(device):
     check_against_reference(tensors, options, TOLERANCES[torch.float32])
 
 
+# Both sides of where the kernels take a polynomial for (exp(Δ·A) − 1)/(Δ·A), and far from it.
+@pytest.mark.parametrize("shared_decay", [False, True], ids=["A", "scalar_A"])
+def test_zoh_of_slow_fast_and_growing_states(device, shared_decay):
+    tensors = make_inputs(height=9, width=11, channels=12, states=6, shared_decay=shared_decay, device=device)
+    sizes = torch.tensor([-1e-12, -1e-3, -0.4, -3.0, -40.0, 0.02], device=device)
+    shape = tensors[4].shape  # [M, K, D, N or 1]
+    tensors[4] = (sizes.repeat(2)[:, None] if shared_decay else sizes).expand(shape).contiguous()
+    options = {"discretization": "zoh"}
+    check_against_reference(tensors, options, TOLERANCES[torch.float32])
+    slow, still = [list(tensors) for _ in range(2)]
+    slow[4], still[4] = torch.full(shape, -1e-12, device=device), torch.zeros(shape, device=device)
+    assert_close(ss2d(*still, **options), ss2d(*slow, **options), 1e-5)  # bbar = Δ where A = 0
+
+
 def test_very_negative_raw_step_keeps_its_relative_accuracy(device):
     # softplus(-30) = 9e-14: log(1 + e^x) taken naively is 0 in float32.
     tensors = make_inputs(height=4, width=4, skip=False, device=device)

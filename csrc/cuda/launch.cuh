@@ -156,6 +156,9 @@ Activation activation(const SS2DProblem& problem, const void* data, const Stride
   return result;
 }
 
+// A is [M, K, D, 1] and there are several states to share it.
+inline bool has_shared_decay(const SS2DProblem& problem) { return problem.shared_decay && problem.states > 1; }
+
 inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DInputs& inputs, const Plan& plan,
                         float* workspace) {
   params.modalities = static_cast<int>(problem.modalities);
@@ -171,6 +174,8 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   std::copy(problem.path, problem.path + problem.paths, params.path);
   params.exchange = problem.exchange;
   params.softplus = problem.softplus;
+  params.zoh = problem.discretization == Discretization::zoh;
+  params.shared_decay = has_shared_decay(problem);
   params.dtype = problem.dtype;
   params.half = problem.dtype != DType::f32;
   const Layout& layout = plan.layout;
@@ -200,9 +205,6 @@ inline void fill_params(Params& params, const SS2DProblem& problem, const SS2DIn
   params.chunk_state = workspace + plan.chunk_state_at;
   params.chunk_steps = workspace + plan.chunk_steps_at;
 }
-
-// A is [M, K, D, 1] and there are several states to share it.
-inline bool has_shared_decay(const SS2DProblem& problem) { return problem.shared_decay && problem.states > 1; }
 
 template <typename P>
 void launch_cooperative(const void* kernel, const Plan& plan, P& params, void* stream) {

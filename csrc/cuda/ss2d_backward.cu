@@ -31,10 +31,6 @@ Layout layout_of(const SS2DProblem& problem) {
   return layout;
 }
 
-bool has_token_decay(const SS2DProblem& problem) {
-  return has_token_decay(has_shared_decay(problem), problem.discretization == Discretization::zoh);
-}
-
 // The buffers for tiles of `tokens`, with x and the inputs made of it or without.
 Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const BackwardParams& params, int tokens,
                     bool with_x, SharedBytes& shared) {
@@ -54,7 +50,7 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
     stage.decoded_dy_at = shared.reserve(decoded_bytes);
   }
   if (problem.rank == 0) stage.delta_at = shared.reserve(raw_bytes);
-  const bool pairs = with_x || has_token_decay(problem);
+  const bool pairs = with_x || holds_decays(problem);
   stage.token_at = shared.reserve(tokens * (pairs ? params.twin : params.single) * 4);
   return stage;
 }
@@ -62,8 +58,8 @@ Stage lay_out_stage(const SS2DProblem& problem, const Layout& layout, const Back
 // Shared memory of a block; its size goes to the layout.
 void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params) {
   const int channels = layout.block_channels, rank = static_cast<int>(problem.rank);
-  const int lanes = known_lanes(problem, layout);
-  const int spaced = known_channels(lanes) > 0 ? known_channels(lanes) : channels;
+  const int known = known_channels(layout.state_lanes, layout.channels_per_thread),
+            spaced = known > 0 ? known : channels;
   params.single = single_of(spaced);
   params.twin = twin_of(spaced);
   SharedBytes shared;
@@ -74,7 +70,7 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
   SharedBytes wide = shared;
   params.wide = lay_out_stage(problem, layout, params, kWideTile, false, wide);
   params.narrow = lay_out_stage(problem, layout, params, kTile, true, shared);
-  if (keeps_steps(lanes, has_token_decay(problem))) params.steps_at = shared.reserve(kTile * params.single * 4);
+  if (holds_decays(problem)) params.steps_at = shared.reserve(kTile * params.single * 4);
   params.channel_sums_at = shared.reserve(channel_rows(rank) * layout.threads * layout.channels_per_thread * 4);
   params.warp_sums_at = shared.reserve(layout.threads / 32 * kTile * layout.pitch * 4);
   if (layout.states_per_thread > 1)
@@ -89,11 +85,11 @@ void lay_out(const SS2DProblem& problem, Layout& layout, BackwardParams& params)
 
 // See BackwardParams::whole. Offsets within an image take 32 bits then.
 bool is_whole(const SS2DProblem& problem, const Layout& layout, const BackwardParams& params) {
-  const int lanes = known_lanes(problem, layout), single = params.single * params.element();
+  const int single = params.single * params.element();
   auto can_copy = [&](const Activation& activation, int granule) {
     return activation.granule >= granule && problem.tokens() * activation.pixel <= std::numeric_limits<uint32_t>::max();
   };
-  return lanes > 0 && problem.states == layout.states_per_thread * lanes && single % 16 == 0 &&
+  return problem.states == layout.states_per_thread * layout.state_lanes && single % 16 == 0 &&
          can_copy(params.x, 16) && can_copy(params.dy, 16) && can_copy(params.proj, 4) &&
          (problem.rank > 0 || can_copy(params.delta, 16));
 }

@@ -90,11 +90,9 @@ struct BackwardParams : Params {
 
 constexpr int single_of(int channels) { return channels + 8; }
 constexpr int twin_of(int channels) { return 2 * channels + 8; }
-// The lanes of a channel, kLanes, are known at compile time but for zero-order hold and more than kDefaultStates states
-// a thread: then kLanes is 0. Where a block has few channels these are constants too, so that the tokens of a tile are
-// immediate offsets.
-constexpr int kDefaultStates = 4;
-constexpr int known_channels(int lanes) { return lanes >= 4 ? kMaxThreads / lanes * 2 : 0; }
+// The lanes of a channel, kLanes, are known at compile time. Where a block has few channels, of which a thread has CH,
+// these are constants too (else 0), so that the tokens of a tile are immediate offsets.
+constexpr int known_channels(int lanes, int ch) { return lanes >= 4 ? kMaxThreads / lanes * ch : 0; }
 // A lane keeps the sums of its tokens in registers.
 constexpr bool owns_tokens(int lanes) { return lanes > 1; }
 // The first of the tokens of a tile that are a lane's; kTile or more where it has none. Up to kBatch lanes take every
@@ -109,28 +107,18 @@ __device__ inline int first_own_token(int lane) {
   }
 }
 // Of `tokens`, a lane's at most.
-constexpr int share_of(int tokens, int lanes) { return lanes == 0 ? tokens : lanes < tokens ? tokens / lanes : 1; }
-template <int kLanes>
+constexpr int share_of(int tokens, int lanes) { return lanes < tokens ? tokens / lanes : 1; }
+template <int CH, int kLanes>
 struct Spacing {
-  int single, twin, bc;  // bc: of the rows of B and C
+  static constexpr int kChannels = known_channels(kLanes, CH);
+  int single, twin;
   __device__ explicit Spacing(const BackwardParams& p)
-      : single(known_channels(kLanes) > 0 ? single_of(known_channels(kLanes)) : p.single),
-        twin(known_channels(kLanes) > 0 ? twin_of(known_channels(kLanes)) : p.twin),
-        bc(kLanes > 0 ? 2 * kLanes * kDefaultStates : 2 * p.padded_states) {}
+      : single(kChannels > 0 ? single_of(kChannels) : p.single), twin(kChannels > 0 ? twin_of(kChannels) : p.twin) {}
   // Slot t of a tile where its address shall not be hoisted out of a loop into registers.
-  __device__ static int slot(int t) { return known_channels(kLanes) > 0 ? t : opaque(t); }
+  __device__ static int slot(int t) { return kChannels > 0 ? t : opaque(t); }
 };
-
-// One decay for all states of a channel: what comes of a step is the same for its lanes, so it is computed where the
-// step is, once.
-constexpr bool has_token_decay(bool shared_decay, bool zoh) { return shared_decay && !zoh; }
-// The decay that a channel's states share, if they do, from what stands for it: the decay itself or the step.
-template <bool kSharedDecay, bool kTokenDecay>
-__device__ inline float shared_decay_of(float token, float a) {
-  return kTokenDecay ? token : kSharedDecay ? exp2_fast(token * a) : 0.f;
-}
-// The steps of a tile stay beside it where its tokens do not hold them, or no longer.
-constexpr bool keeps_steps(int lanes, bool token_decay) { return lanes == 0 || token_decay; }
+// States of a channel in a staged row.
+constexpr int padded_states_of(int states_per_thread, int lanes) { return padded_of(states_per_thread) * lanes; }
 
 // What a walk reads of a token, and so stages: for phase 1, or for phase 3, and there only B and x on the way along the
 // scan.
@@ -278,32 +266,31 @@ __device__ inline void copy_some(uint32_t to, const char* from, int bytes, int l
 // The pixel of the token in a slot of a tile, noted for who needs it later if `notes`. Past the end: the last token's
 // once more, and -1 is noted.
 template <Reads kReads>
-__device__ inline int pixel_of(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
-                               int slot, bool notes) {
+__device__ inline int pixel_of(const BackwardParams& p, char* shared, const Walk& walk, int q0, int buffer, int slot,
+                               bool notes) {
   constexpr int kTokens = tile_of(kReads);
   const int q = q0 + (walk.track.reversed ? kTokens - 1 - slot : slot);
   const int pixel = walk.track.pixel(p, min(q, p.tokens - 1));
   if (notes)
-    reinterpret_cast<int*>(place.shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + slot] =
-        q < p.tokens ? pixel : -1;
+    reinterpret_cast<int*>(shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + slot] = q < p.tokens ? pixel : -1;
   return pixel;
 }
 
 // Starts the copies of the tile of tokens [q0, q0 + kTokens) in the order of the scan, into buffer 0 or 1 (of
-// float): each warp takes runs.
+// float): each warp takes runs. Out of the way: where tiles are not whole, and for the first one of a walk.
 template <Reads kReads>
-__device__ inline void issue_runs(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
-                                  bool back) {
+__device__ __noinline__ void issue_runs(const BackwardParams& p, char* shared, int q0, int buffer, bool back) {
+  const Walk& walk = *reinterpret_cast<const Walk*>(shared + p.walk_at);
   constexpr int kTokens = tile_of(kReads), kLanes = 32 / kTokens;
   const int lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
   const int token = lane_id / kLanes, lane = lane_id % kLanes;
-  const int pixel = pixel_of<kReads>(p, place, walk, q0, buffer, token, warp == 0);
+  const int pixel = pixel_of<kReads>(p, shared, walk, q0, buffer, token, warp == 0);
   const int count = kReads == Reads::c_dy || !back ? 3 : p.pairs || p.padded_states == p.states ? 4 : 5;
 #pragma unroll 1
   for (int i = warp; i < count; i += blockDim.x / 32) {
     const Run run = walk.runs[kReads == Reads::all ? (back ? kX : kB) + i : i < 2 ? kLow + i : kC];
     const char* const from = run.from + int64_t{pixel} * run.pixel;
-    char* const to = place.shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
+    char* const to = shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
     const uint32_t at = shared_address(to);
     if (run.granule == 16) {
       copy_some<16>(at, from, run.bytes, lane, kLanes);
@@ -317,11 +304,6 @@ __device__ inline void issue_runs(const BackwardParams& p, const Place& place, c
         *reinterpret_cast<uint16_t*>(to + j) = *reinterpret_cast<const uint16_t*>(from + j);
     }
   }
-}
-// The same, out of the way: where tiles are not whole, and for the first one of a walk.
-template <Reads kReads>
-__device__ __noinline__ void issue_runs_apart(const BackwardParams& p, char* shared, int q0, int buffer, bool back) {
-  issue_runs<kReads>(p, {0, 0, shared}, *reinterpret_cast<const Walk*>(shared + p.walk_at), q0, buffer, back);
 }
 
 // `bytes` of a token in pieces of kPiece, one of kParts threads' share, or of `parts` if that is 0. kMost: bytes at
@@ -344,14 +326,14 @@ template <Reads kReads, bool kHalf, int NS, int CH, int kLanes, int kParts>
 __device__ inline void issue_whole_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0,
                                         int buffer, bool back) {
   constexpr int kTokens = tile_of(kReads), kElement = kHalf ? 2 : 4;
-  constexpr int kPadded = kDefaultStates * kLanes * kElement;  // of B, of C
-  constexpr int kMost = kMaxThreads / kLanes * CH * kElement;  // of the channels of a block
+  constexpr int kPadded = padded_states_of(NS, kLanes) * kElement;  // of B, of C
+  constexpr int kMost = kMaxThreads / kLanes * CH * kElement;       // of the channels of a block
   // One of each state comes together in 16 bits; C alone where B is not needed.
   constexpr bool kPair = NS == 1 && kHalf, kOnlyC = kReads == Reads::c_dy && !kPair;
   const Stage& stage = stage_of<kReads>(p);
   const int thread = opaque(threadIdx.x), parts = kParts > 0 ? kParts : static_cast<int>(stage.by_parts.divisor);
   const int token = kParts > 0 ? thread / kParts : stage.by_parts.quotient(thread), part = thread - token * parts;
-  const int pixel = pixel_of<kReads>(p, place, walk, q0, buffer, token, part == 0);
+  const int pixel = pixel_of<kReads>(p, place.shared, walk, q0, buffer, token, part == 0);
   // All addresses before the first copy, behind which what is in shared memory would be read again.
   auto at_token = [&](RunOf run, int stride, int piece) {
     return walk.runs[run].from + (static_cast<uint32_t>(pixel) * static_cast<uint32_t>(stride) + part * piece);
@@ -363,7 +345,7 @@ __device__ inline void issue_whole_tile(const BackwardParams& p, const Place& pl
   const char* const low = at_token(kLow, p.rank > 0 ? p.proj.pixel : p.delta.pixel, p.rank > 0 ? 4 : 16);
   const int bytes = kParts > 0 ? kMost : p.block_channels * kElement;
   const uint32_t shared = shared_address(place.shared) + opaque(0), slot = kHalf ? token : buffer * kTokens + token;
-  const uint32_t at = shared + slot * (Spacing<kLanes>(p).single * kElement) + part * 16;
+  const uint32_t at = shared + slot * (Spacing<CH, kLanes>(p).single * kElement) + part * 16;
   const uint32_t rows = shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * kElement);
   const uint32_t row = rows + token * 2 * kPadded + (kOnlyC ? kPadded : 0);
   const uint32_t low_row = rows + kTokens * 2 * kPadded + token * p.low_pitch() * kElement;
@@ -388,21 +370,19 @@ __device__ inline void issue_whole_tile(const BackwardParams& p, const Place& pl
 template <Reads kReads, bool kHalf, int NS, int CH, int kLanes>
 __device__ inline void issue_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
                                   bool back) {
-  if constexpr (kLanes == 0) {
-    issue_runs<kReads>(p, place, walk, q0, buffer, back);
-  } else if (walk.whole && blockDim.x == kMaxThreads) {
+  if (walk.whole && blockDim.x == kMaxThreads) {
     constexpr int kParts = kMaxThreads / tile_of(kReads);
     issue_whole_tile<kReads, kHalf, NS, CH, kLanes, kParts>(p, place, walk, q0, buffer, back);
   } else if (walk.whole) {
     issue_whole_tile<kReads, kHalf, NS, CH, kLanes, 0>(p, place, walk, q0, buffer, back);
   } else {
-    issue_runs_apart<kReads>(p, place.shared, q0, buffer, back);
+    issue_runs<kReads>(p, place.shared, q0, buffer, back);
   }
   copies_commit();
 }
 template <Reads kReads>
 __device__ inline void issue_first_tile(const BackwardParams& p, const Place& place, int q0, bool back) {
-  issue_runs_apart<kReads>(p, place.shared, q0, 0, back);
+  issue_runs<kReads>(p, place.shared, q0, 0, back);
   copies_commit();
 }
 
@@ -412,8 +392,9 @@ struct Tile {
   const float* low;   // [kTile, low_pitch]
   const float* x;     // [kTile, single]
   const float* dy;    // [kTile, single]
-  // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x for zoh. With a token's decay that
-  // in the step's place; in phase 1 {step[CH], decay[CH]}, without it [kTile, single]: steps.
+  // [kTile, twin]: {step[CH], input[CH]} of CH channels each; input = step * x, or x * log2(e) for zoh. With a shared
+  // decay that in the step's place; in phase 1 {step[CH], decay[CH]}, and without a shared decay [kTile, single]:
+  // steps.
   float* tokens;
   const int* pixels;  // [kTile]: -1 past the end
 };
@@ -435,16 +416,17 @@ __device__ inline void store_together(float* to, const float (&v)[CH]) {
   if constexpr (kOrdered) asm volatile("" ::: "memory");
 }
 
-// Computes the steps of a staged tile (a second copy of them for Reads::all where they are kept) and makes float of its
-// activations; every lane of a channel takes its share of the tokens. `a`: the decay of a token is 2^(step * a).
-template <Reads kReads, bool kZoh, bool kTokenDecay, bool kHalf, int CH, int kLanes>
+// Computes the steps of a staged tile and makes float of its activations; every lane of a channel takes its share of
+// the tokens. Of Reads::all the steps are kept beside the tokens where these hold a decay: one for all states of a
+// channel, which is the same for its lanes, and so computed once.
+template <Reads kReads, bool kSharedDecay, bool kZoh, bool kHalf, int CH, int kLanes, int kDecays>
 __device__ inline void compute_steps(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                     const float (&a)[CH], int q0, int buffer, bool back) {
-  constexpr bool kPairs = kReads != Reads::c_dy || kTokenDecay;  // two values a channel in `tokens`
+                                     const float (&a)[CH][kDecays], int q0, int buffer, bool back) {
+  constexpr bool kPairs = kReads != Reads::c_dy || kSharedDecay;  // two values a channel in `tokens`
   constexpr int kTokens = tile_of(kReads), kShare = share_of(kTokens, kLanes);
   const Stage& stage = stage_of<kReads>(p);
-  const Spacing<kLanes> spacing(p);
-  const int x_bytes = spacing.single * (kHalf ? 2 : 4), lanes = kLanes > 0 ? kLanes : p.state_lanes;
+  const Spacing<CH, kLanes> spacing(p);
+  const int x_bytes = spacing.single * (kHalf ? 2 : 4);
   const int raw = kHalf ? 0 : buffer * kTokens * x_bytes;
   const char* const raw_x = place.shared + stage.x_at + raw;
   const char* const raw_dy = place.shared + stage.dy_at + raw;
@@ -460,10 +442,10 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
   float bias[CH];
   read_floats<CH>(channels + kBiasRow * p.block_channels, bias);
   // Tokens side by side: the weights are read once for them, and they hide each other's latency.
-  constexpr int kSide = kLanes == 0 ? 1 : kShare < 4 ? kShare : 4;
+  constexpr int kSide = kShare < 4 ? kShare : 4;
 #pragma unroll 1
   for (int i = 0; i < kShare; i += kSide) {
-    if ((kLanes == 0 || kLanes > kTokens) && first + i * lanes >= kTokens) break;
+    if (kLanes > kTokens && first >= kTokens) break;
     float step[kSide][CH];
     if (p.rank > 0) {
 #pragma unroll
@@ -479,7 +461,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
 #pragma unroll
         for (int s = 0; s < kSide; ++s) {
           float pair[2];
-          read_floats<2>(low + (i + s) * lanes * p.low_pitch() + r, pair);
+          read_floats<2>(low + (i + s) * kLanes * p.low_pitch() + r, pair);
 #pragma unroll
           for (int c = 0; c < CH; ++c) step[s][c] = fmaf(pair[1], w[1][c], fmaf(pair[0], w[0][c], step[s][c]));
         }
@@ -487,7 +469,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
     } else {
 #pragma unroll
       for (int s = 0; s < kSide; ++s) {
-        read_activation<CH, kHalf>(p, raw_delta + (first + (i + s) * lanes) * x_bytes, place.c, step[s]);
+        read_activation<CH, kHalf>(p, raw_delta + (first + (i + s) * kLanes) * x_bytes, place.c, step[s]);
 #pragma unroll
         for (int c = 0; c < CH; ++c) step[s][c] += bias[c];
       }
@@ -500,7 +482,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
     }
 #pragma unroll
     for (int s = 0; s < kSide; ++s) {
-      const int t = (i + s) * lanes;  // after the first
+      const int t = (i + s) * kLanes;  // after the first
       if constexpr (!kPairs) {
         store_together<CH>(tokens + t * token_pitch, step[s]);
       } else if constexpr (kReads == Reads::c_dy) {
@@ -508,7 +490,7 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           token[c] = step[s][c];
-          token[CH + c] = exp2_fast(step[s][c] * a[c]);
+          token[CH + c] = exp2_fast(step[s][c] * a[c][0]);
         }
         store_together<2 * CH>(tokens + t * token_pitch, token);
       } else {
@@ -517,8 +499,8 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
         if constexpr (kHalf) store_together<CH>(xs + t * spacing.single, x);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
-          token[c] = kTokenDecay ? exp2_fast(step[s][c] * a[c]) : step[s][c];
-          token[CH + c] = kZoh ? x[c] : step[s][c] * x[c];
+          token[c] = kSharedDecay ? exp2_fast(step[s][c] * a[c][0]) : step[s][c];
+          token[CH + c] = (kZoh ? kLog2e : step[s][c]) * x[c];
         }
         store_together<2 * CH>(tokens + t * token_pitch, token);
       }
@@ -527,46 +509,41 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
         read_activation<CH, kHalf>(p, raw_dy + (first + t) * x_bytes, place.c, dy);
         store_together<CH>(dys + t * spacing.single, dy);
       }
-      if (kReads == Reads::all && keeps_steps(kLanes, kTokenDecay) && back)
-        store_together<CH>(steps + t * spacing.single, step[s]);
+      if (kReads == Reads::all && kSharedDecay && back) store_together<CH>(steps + t * spacing.single, step[s]);
     }
   }
   // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
   // and nothing is added.
   if (q0 + kTokens > p.tokens || walk.track.first_d + p.block_channels > p.channels) {
 #pragma unroll 1
-    for (int t = 0; first + t < kTokens; t += lanes) {
+    for (int t = 0; first + t < kTokens; t += kLanes) {
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         if (tile.pixels[first + t] >= 0 && walk.track.first_d + place.c + c < p.channels) continue;
         constexpr int kDecayAt = kReads == Reads::c_dy ? CH : 0;
         tokens[t * token_pitch + c] = 0.f;
         if constexpr (kPairs) tokens[t * token_pitch + CH + c] = 0.f;
-        if constexpr (kTokenDecay) tokens[t * token_pitch + kDecayAt + c] = 1.f;
+        if constexpr (kSharedDecay) tokens[t * token_pitch + kDecayAt + c] = 1.f;
         if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
         dys[t * spacing.single + c] = 0.f;
-        if constexpr (kReads == Reads::all && keeps_steps(kLanes, kTokenDecay)) steps[t * spacing.single + c] = 0.f;
+        if constexpr (kReads == Reads::all && kSharedDecay) steps[t * spacing.single + c] = 0.f;
       }
     }
   }
 }
 
 // Waits for the tile in `buffer` and prepares it. Starts the next tile's copies by `issue_next()`.
-template <Reads kReads, bool kSharedDecay, bool kZoh, bool kHalf, int CH, int kLanes, int kDecays, typename F>
+template <Reads kReads, bool kSharedDecay, bool kZoh, bool kHalf, int NS, int CH, int kLanes, int kDecays, typename F>
 __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place, const Walk& walk,
                                     const float (&a)[CH][kDecays], int q0, int buffer, bool back, F&& issue_next) {
-  constexpr bool kTokenDecay = has_token_decay(kSharedDecay, kZoh);
   constexpr int kTokens = tile_of(kReads);
   const Stage& stage = stage_of<kReads>(p);
-  const int single = Spacing<kLanes>(p).single;
+  const int single = Spacing<CH, kLanes>(p).single;
   char* const shared = place.shared;
   auto floats = [&](int at) { return reinterpret_cast<float*>(shared + at); };
   Tile tile;
   tile.tokens = floats(stage.token_at);
   tile.pixels = reinterpret_cast<const int*>(shared + stage.pixels_at) + buffer * kTokens;
-  float first_a[CH];
-#pragma unroll
-  for (int c = 0; c < CH; ++c) first_a[c] = a[c][0];
   copies_wait();
   __syncthreads();  // the tile is there; nobody needs the one before
   if constexpr (kHalf) {
@@ -580,7 +557,7 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
         *reinterpret_cast<float4*>(to + i) = decode_quad(shared + stage.rows_at + (first + i) * 2, p.dtype);
     };
     decode(low, bc_count, low_count, threadIdx.x % 32, 32);
-    if (p.pairs) {
+    if (NS == 1 && p.pairs) {
 #pragma unroll 1
       for (int t = threadIdx.x; t < kTokens; t += blockDim.x)
         decode_pair(shared + stage.rows_at + t * 2 * p.padded_states * 2, rows + t * 2 * p.padded_states, p.dtype);
@@ -592,7 +569,7 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
     tile.x = floats(stage.decoded_x_at);
     tile.dy = floats(stage.decoded_dy_at);
     tile.low = low;
-    compute_steps<kReads, kZoh, kTokenDecay, true, CH, kLanes>(p, place, walk, tile, first_a, q0, buffer, back);
+    compute_steps<kReads, kSharedDecay, kZoh, true, CH, kLanes>(p, place, walk, tile, a, q0, buffer, back);
     __syncthreads();  // all is decoded
     issue_next();
   } else {
@@ -601,29 +578,41 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
     tile.x = floats(stage.x_at) + buffer * kTokens * single;
     tile.dy = floats(stage.dy_at) + buffer * kTokens * single;
     tile.low = tile.rows + kTokens * 2 * p.padded_states;
-    compute_steps<kReads, kZoh, kTokenDecay, false, CH, kLanes>(p, place, walk, tile, first_a, q0, buffer, back);
+    compute_steps<kReads, kSharedDecay, kZoh, false, CH, kLanes>(p, place, walk, tile, a, q0, buffer, back);
     __syncwarp();  // the lanes of a channel are in one warp
   }
   return tile;
 }
 
+// Of a thread's channels: a, and what zero-order hold needs of it.
+template <int NS, int CH, bool kSharedDecay, bool kZoh>
+struct Decays {
+  static constexpr int kCount = kSharedDecay ? 1 : NS;
+  static constexpr bool kInverse = kZoh && !kSharedDecay;
+  float a[CH][kCount], inverse[CH][kInverse ? kCount : 1];
+  __device__ Decays(const BackwardParams& p, const Place& place, const Track& track) {
+    load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
+    if constexpr (kInverse) invert_decays(a, inverse);
+  }
+};
+
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
 __device__ inline void advance(const BackwardParams& p, const Tile& tile, const Place& place,
-                               const float (&a)[CH][kSharedDecay ? 1 : NS], int t, float (&h)[CH][NS]) {
-  const Spacing<kLanes> spacing(p);
+                               const Decays<NS, CH, kSharedDecay, kZoh>& decays, int t, float (&h)[CH][NS]) {
   float token[2 * CH], b[NS];
-  read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
-  read_floats<NS>(tile.rows + t * spacing.bc + place.lane * NS, b);
+  read_floats<2 * CH>(tile.tokens + t * Spacing<CH, kLanes>(p).twin + place.c * 2, token);
+  read_floats<NS>(tile.rows + t * 2 * padded_states_of(NS, kLanes) + place.lane * NS, b);
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
-    const float shared_decay = shared_decay_of<kSharedDecay, has_token_decay(kSharedDecay, kZoh)>(token[c], a[c][0]);
 #pragma unroll
     for (int j = 0; j < NS; ++j) {
-      const float a_j = a[c][kSharedDecay ? 0 : j];
-      const float decay = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_j);
-      float input = token[CH + c];
-      if constexpr (kZoh) input *= zoh_weight(token[c], token[c] * (a_j * kLn2), decay, a_j * kLn2);
-      h[c][j] = fmaf(decay, h[c][j], input * b[j]);
+      float decay = token[c], input = token[CH + c] * b[j];
+      if constexpr (!kSharedDecay) {
+        const float v = token[c] * decays.a[c][j];
+        decay = exp2_fast(v);
+        if constexpr (kZoh) input *= zoh_weight(token[c] * kLn2, v, decay, decays.inverse[c][j]);
+      }
+      h[c][j] = fmaf(decay, h[c][j], input);
     }
   }
 }
@@ -632,37 +621,36 @@ __device__ inline void advance(const BackwardParams& p, const Tile& tile, const 
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh, bool kHalf>
 __device__ void summarize_chunk(const BackwardParams& p, const Place& place, const Track& track, int chunk,
                                 float (&g)[CH][NS], float (&step_sum)[CH]) {
-  constexpr bool kTokenDecay = has_token_decay(kSharedDecay, kZoh);
   const Walk& walk = begin_walk<Reads::c_dy>(p, place, track, chunk, Contribution{});
   float a[CH][kSharedDecay ? 1 : NS];
   load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
-  const Spacing<kLanes> spacing(p);
+  const Spacing<CH, kLanes> spacing(p);
+  constexpr int kPadded = padded_states_of(NS, kLanes);
   const int begin = walk.begin, tiles = (walk.end - begin + kWideTile - 1) / kWideTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
   issue_first_tile<Reads::c_dy>(p, place, first_token(0), true);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
-    const Tile tile = prepare_tile<Reads::c_dy, kSharedDecay, kZoh, kHalf, CH, kLanes>(
+    const Tile tile = prepare_tile<Reads::c_dy, kSharedDecay, kZoh, kHalf, NS, CH, kLanes>(
         p, place, walk, a, first_token(i), i & 1, true, [&] {
           if (i + 1 < tiles)
             issue_tile<Reads::c_dy, kHalf, NS, CH, kLanes>(p, place, walk, first_token(i + 1), ~i & 1, true);
         });
 #pragma unroll 4
     for (int t = kWideTile - 1; t >= 0; --t) {
-      float token[kTokenDecay ? 2 * CH : CH], dy[CH], c_row[NS];
-      if constexpr (kTokenDecay) {
+      float token[kSharedDecay ? 2 * CH : CH], dy[CH], c_row[NS];
+      if constexpr (kSharedDecay) {
         read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
       } else {
         read_floats<CH>(tile.tokens + t * spacing.single + place.c, token);
       }
       read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
-      read_floats<NS>(tile.rows + t * spacing.bc + spacing.bc / 2 + place.lane * NS, c_row);
+      read_floats<NS>(tile.rows + (2 * t + 1) * kPadded + place.lane * NS, c_row);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const float shared_decay = shared_decay_of<kSharedDecay, kTokenDecay>(token[kTokenDecay ? CH + c : c], a[c][0]);
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
-          const float decay = kSharedDecay ? shared_decay : exp2_fast(token[c] * a[c][kSharedDecay ? 0 : n]);
+          const float decay = kSharedDecay ? token[CH + c] : exp2_fast(token[c] * a[c][n]);
           g[c][n] = decay * fmaf(c_row[n], dy[c], g[c][n]);
         }
         step_sum[c] += token[c];
@@ -673,15 +661,10 @@ __device__ void summarize_chunk(const BackwardParams& p, const Place& place, con
 
 // Sums v over the threads whose places in the warp differ in a bit from `first` up to below `last`. While one holds
 // more than one value, each step also halves them: the thread whose bit is set keeps the upper half. Returns the index
-// of v[0] among the values it started with; duplicates (more threads than values) hold the same sums. kFirst and kLast
-// are known for the default layout (0: taken at run time).
-template <int kFirst, int kLast, int NV>
-__device__ inline int sum_over_places(float (&v)[NV], int first, int last, int place, int lanes) {
+// of v[0] among the values it started with; duplicates (more threads than values) hold the same sums.
+template <int kLanes, int NV>
+__device__ inline int sum_over_places(float (&v)[NV], int first, int last, int place) {
   int base = 0;
-  if constexpr (kLast > 0) {
-    first = kFirst;
-    last = kLast;
-  }
   int off = first;
 #pragma unroll
   for (int level = 1; level <= 5; ++level) {
@@ -692,7 +675,7 @@ __device__ inline int sum_over_places(float (&v)[NV], int first, int last, int p
       for (int i = 0; i < NV / 2; ++i) {
         if (i >= count) break;
         const float sent = upper ? v[i] : v[i + count], kept = upper ? v[i + count] : v[i];
-        v[i] = kept + from_place(sent, off, lanes);
+        v[i] = kept + from_place(sent, off, kLanes);
       }
       base += upper ? count : 0;
       off *= 2;
@@ -700,7 +683,7 @@ __device__ inline int sum_over_places(float (&v)[NV], int first, int last, int p
   }
 #pragma unroll
   for (int i = 0; i < 5; ++i) {
-    if (off < last) v[0] += from_place(v[0], off, lanes);
+    if (off < last) v[0] += from_place(v[0], off, kLanes);
     off *= 2;
   }
   return base;
@@ -711,12 +694,13 @@ __device__ inline int sum_over_places(float (&v)[NV], int first, int last, int p
 constexpr int kBatchPad = 8;
 template <int NS, int kLanes>
 __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, int lane_id, float* to) {
-  static_assert(NS % 4 == 0 && (kLanes == 0 || NS == kDefaultStates), "pairs of states");
+  static_assert(NS % 4 == 0, "pairs of states");
   __syncwarp();
   if constexpr (kLanes > kBatch) {  // a lane takes four states of a token at a time
+    constexpr int kQuads = kLanes * NS / 4;
 #pragma unroll
-    for (int i = 0; i < kLanes * kBatch / 32; ++i) {
-      const int item = lane_id + 32 * i, t = item / kLanes, quad = item % kLanes;
+    for (int i = 0; i < kQuads * kBatch / 32; ++i) {
+      const int item = lane_id + 32 * i, t = item / kQuads, quad = item % kQuads;
       const float* from = scratch + t * (32 * NS + kBatchPad) + quad * 4;
       float sum[4];
       read_floats<4>(from, sum);
@@ -729,7 +713,8 @@ __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, 
       }
       write_floats<4>(to + t * p.pitch + quad * 4, sum);
     }
-  } else if constexpr (kLanes > 0) {  // a pair for each lane of the warp, or every kParts-th of a pair's terms
+  } else {  // a pair for each lane of the warp, or every kParts-th of a pair's terms
+    static_assert(NS == 4, "one pair for each");
     constexpr int kParts = kBatch / kLanes, kPairs = NS * kLanes / 2;
     const int t = lane_id % kBatch, pair = lane_id / kBatch % kPairs, part = lane_id / kBatch / kPairs;
     const float* from = scratch + t * (32 * NS + kBatchPad) + part * NS * kLanes + pair * 2;
@@ -746,21 +731,6 @@ __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, 
       sum.y += __shfl_xor_sync(0xffffffffu, sum.y, off * kBatch * kPairs);
     }
     if (part == 0) store_together<2, false>(to + t * p.pitch + pair * 2, {sum.x, sum.y});
-  } else {
-    const int lanes = p.state_lanes, states = NS * lanes, pair_shift = p.lane_shift + (NS == 8 ? 2 : 1);
-#pragma unroll 1
-    for (int i = lane_id; i < kBatch * states / 2; i += 32) {
-      const int t = i >> pair_shift, pair = i - (t << pair_shift);
-      const float* from = scratch + t * (32 * NS + kBatchPad) + pair * 2;
-      float2 sum = *reinterpret_cast<const float2*>(from);
-#pragma unroll 1
-      for (int group = 1; group < 32 / lanes; ++group) {
-        const float2 v = *reinterpret_cast<const float2*>(from + group * states);
-        sum.x += v.x;
-        sum.y += v.y;
-      }
-      *reinterpret_cast<float2*>(to + t * p.pitch + pair * 2) = sum;
-    }
   }
   __syncwarp();
 }
@@ -917,16 +887,17 @@ __device__ inline float slope_of(float step) {
   return step < 0.5f ? step * p : 1.f - exp2_fast(-step * kLog2e);
 }
 
-// The sums over the states of a token's channels, d step through the decay and dh * B (zoh: d step in full, and dx),
-// become the gradients of the raw steps, and dx but for the skip. `step` holds the steps in front.
+// The sums over the states of a token's channels, d step through the decay over ln 2 and dh * B (zoh: d step in full
+// over ln 2, and ln 2 * dx), become the gradients of the raw steps, and dx but for the skip. `step` holds the steps in
+// front.
 template <int CH, bool kZoh, int kCount>
 __device__ inline void finish_sums(const BackwardParams& p, const float (&step)[kCount], const float (&x)[CH],
                                    float (&sum)[2 * CH]) {
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
-    const float dstep = kZoh ? sum[c] : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
+    const float dstep = kZoh ? sum[c] * kLn2 : fmaf(x[c], sum[CH + c], sum[c] * kLn2);
     sum[c] = p.softplus ? dstep * slope_of(step[c]) : dstep;
-    if constexpr (!kZoh) sum[CH + c] *= step[c];
+    sum[CH + c] *= kZoh ? kLog2e : step[c];
   }
 }
 
@@ -934,19 +905,17 @@ __device__ inline void finish_sums(const BackwardParams& p, const float (&step)[
 constexpr int own_tokens(int lanes) { return owns_tokens(lanes) ? share_of(kTile, lanes) : 1; }
 
 // After a tile, the thread's share of its tokens: dx to memory, the low-rank part summed over the warp's channels, and
-// the sums over tokens of the parameter gradients; that of A here only with a token's decay.
+// the sums over tokens of the parameter gradients; that of A here only with a shared decay.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh, bool kHalf>
 __device__ inline void finish_tokens(const BackwardParams& p, const Place& place, const Walk& walk, const Tile& tile,
-                                     const float (&a)[CH][kSharedDecay ? 1 : NS],
+                                     const Decays<NS, CH, kSharedDecay, kZoh>& decays,
                                      const float (&own)[own_tokens(kLanes)][2 * CH],
                                      float (&da)[CH][kSharedDecay ? 1 : NS]) {
-  constexpr bool kTokenDecay = has_token_decay(kSharedDecay, kZoh);
   const Contribution part = walk.part;
-  const Spacing<kLanes> spacing(p);
+  const Spacing<CH, kLanes> spacing(p);
   constexpr int kShare = share_of(kTile, kLanes);
-  constexpr bool kAllHave = kLanes > 0 && kLanes <= kTile;  // every lane has as many tokens
-  const int lanes = kLanes > 0 ? kLanes : p.state_lanes, warp = threadIdx.x / 32;
-  const int in_warp = place_in_warp(opaque(threadIdx.x % 32), lanes);
+  constexpr bool kAllHave = kLanes <= kTile;  // every lane has as many tokens
+  const int warp = threadIdx.x / 32, in_warp = place_in_warp(opaque(threadIdx.x % 32), kLanes);
   const float* const steps = reinterpret_cast<const float*>(place.shared + p.steps_at) + place.c;
   const float* const channels = reinterpret_cast<const float*>(place.shared + p.channels_at) + place.c;
   const int first = opaque(first_own_token<kLanes>(place.lane));
@@ -955,7 +924,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   int pixel[kShare];
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
-    const int t = first + i * lanes;
+    const int t = first + i * kLanes;
     pixel[i] = !kAllHave && t >= kTile ? -1 : tile.pixels[t];
   }
   if (kHalf && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
@@ -972,7 +941,7 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
   read_floats<CH>(channels + kSkipRow * p.block_channels, skip);
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
-    const int t = first + i * lanes;
+    const int t = first + i * kLanes;
     if (!kAllHave && t >= kTile) break;
     const int at = t * spacing.single;
     float sum[2 * CH], x[CH], dy[CH];
@@ -985,14 +954,14 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     } else {
       read_floats<2 * CH>(token, sum);
     }
-    if constexpr (kLanes != 1 || kTokenDecay) {
+    if constexpr (kLanes != 1 || kSharedDecay) {
       float step[CH];
-      read_floats<CH>(keeps_steps(kLanes, kTokenDecay) ? steps + at : token, step);
-      if constexpr (kTokenDecay) {
+      read_floats<CH>(kSharedDecay ? steps + at : token, step);
+      if constexpr (kSharedDecay) {
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           da[c][0] = fmaf(step[c], sum[c], da[c][0]);
-          sum[c] *= a[c][0];
+          sum[c] *= decays.a[c][0];
         }
       }
       finish_sums<CH, kZoh>(p, step, x, sum);
@@ -1043,9 +1012,9 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     }
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      if (!kAllHave && first + i * lanes >= kTile) break;
+      if (!kAllHave && first + i * kLanes >= kTile) break;
       float value[2];
-      read_floats<2>(values + i * lanes * p.low_pitch(), value);
+      read_floats<2>(values + i * kLanes * p.low_pitch(), value);
 #pragma unroll
       for (int k = 0; k < 2; ++k)
 #pragma unroll
@@ -1058,24 +1027,24 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     for (int k = 0; k < 2; ++k) write_floats<CH>(sums + k * sums_row, dw[k]);
     weights += 2 * p.block_channels;
     sums += 2 * sums_row;
-    const int base = sum_over_places<kLanes, 32 * (kLanes > 0)>(low, lanes, 32, in_warp, lanes);
-    const int held = max(1, 2 * kShare * lanes / 32);
+    const int base = sum_over_places<kLanes>(low, kLanes, 32, in_warp);
+    constexpr int kHeld = 2 * kShare * kLanes > 32 ? 2 * kShare * kLanes / 32 : 1;
 #pragma unroll
     for (int v = 0; v < 2 * kShare; ++v) {
-      const int k = (base + v) / kShare, t = first + (base + v) % kShare * lanes;
-      if (v < held && in_warp < 2 * kShare * lanes && (kAllHave || t < kTile)) warp_sums[t * p.pitch + k] = low[v];
+      const int k = (base + v) / kShare, t = first + (base + v) % kShare * kLanes;
+      if (v < kHeld && in_warp < 2 * kShare * kLanes && (kAllHave || t < kTile)) warp_sums[t * p.pitch + k] = low[v];
     }
   }
 }
 
 // The memory of a thread's warp.
-template <int NS>
+template <int NS, int kLanes>
 struct WarpMemory {
   static constexpr int kPitch = 32 * NS + kBatchPad;  // between the tokens of a batch
   int lane_id, in_warp;                               // the thread, and its place
   float *sums, *scratch;                              // rows of dproj; values to be summed over the warp
-  __device__ WarpMemory(const BackwardParams& p, const Place& place, int lanes)
-      : lane_id(threadIdx.x % 32), in_warp(place_in_warp(lane_id, lanes)) {
+  __device__ WarpMemory(const BackwardParams& p, const Place& place)
+      : lane_id(threadIdx.x % 32), in_warp(place_in_warp(lane_id, kLanes)) {
     const int warp = threadIdx.x / 32;
     sums = reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch;
     scratch = reinterpret_cast<float*>(place.shared + p.scratch_at) + warp * kBatch * kPitch;
@@ -1087,7 +1056,7 @@ struct WarpMemory {
 template <int NS, int kLanes>
 struct StateSums {
   const BackwardParams& p;
-  const WarpMemory<NS>& warp;
+  const WarpMemory<NS, kLanes>& warp;
   const int column;
   float single[NS == 1 ? kTile : 1];
 
@@ -1096,7 +1065,7 @@ struct StateSums {
     if constexpr (NS == 1) {
       single[j] = v[0];
     } else {
-      float* const to = warp.scratch + j % kBatch * WarpMemory<NS>::kPitch + warp.in_warp * NS;
+      float* const to = warp.scratch + j % kBatch * WarpMemory<NS, kLanes>::kPitch + warp.in_warp * NS;
 #pragma unroll
       for (int n = 0; n < NS; n += 4) store_together<4, false>(to + n, {v[n], v[n + 1], v[n + 2], v[n + 3]});
       if (complete)
@@ -1105,7 +1074,7 @@ struct StateSums {
   }
   __device__ void finish() {
     if constexpr (NS == 1) {
-      const int t = sum_over_places<1, 32>(single, 1, 32, warp.in_warp, 1);
+      const int t = sum_over_places<1>(single, 1, 32, warp.in_warp);
       if (warp.lane_id < kTile) warp.sums[t * p.pitch + column] = single[0];
     }
   }
@@ -1164,11 +1133,12 @@ struct History {
 
 // Along the scan through a tile: the state before each token, and the gradients of C.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ __forceinline__ void rebuild_tile(const BackwardParams& p, const Place& place, const WarpMemory<NS>& warp,
-                                             const Tile& tile, const float (&a)[CH][kSharedDecay ? 1 : NS],
-                                             float (&h)[CH][NS], float (&state)[kTile][CH][NS]) {
-  const Spacing<kLanes> spacing(p);
-  StateSums<NS, kLanes> dc_sums = {p, warp, p.padded_states};
+__device__ __forceinline__ void rebuild_tile(const BackwardParams& p, const Place& place,
+                                             const WarpMemory<NS, kLanes>& warp, const Tile& tile,
+                                             const Decays<NS, CH, kSharedDecay, kZoh>& decays, float (&h)[CH][NS],
+                                             float (&state)[kTile][CH][NS]) {
+  const Spacing<CH, kLanes> spacing(p);
+  StateSums<NS, kLanes> dc_sums = {p, warp, padded_states_of(NS, kLanes)};
 #pragma unroll
   for (int j = 0; j < kTile; ++j) {
     const int t = spacing.slot(j);
@@ -1176,7 +1146,7 @@ __device__ __forceinline__ void rebuild_tile(const BackwardParams& p, const Plac
     for (int c = 0; c < CH; ++c)
 #pragma unroll
       for (int n = 0; n < NS; ++n) state[j][c][n] = h[c][n];
-    advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, t, h);
+    advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, decays, t, h);
     float dy[CH], dc[NS];
     read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
 #pragma unroll
@@ -1191,59 +1161,58 @@ __device__ __forceinline__ void rebuild_tile(const BackwardParams& p, const Plac
 }
 
 // Against the scan through a tile: the gradients of its states, and what becomes of them. The sums over a channel's
-// states, d step and dh * B (zoh: dx), go to `own` or to the place of the step and the input; with a token's decay that
-// of g * state in place of d step.
+// states, as finish_sums takes them, go to `own` or to the place of the step and the input; with a shared decay those
+// of g * state and dh * B. `da`: without one; zoh: times ln 2.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh>
-__device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Place& place, const WarpMemory<NS>& warp,
-                                             const Tile& tile, const float (&a)[CH][kSharedDecay ? 1 : NS],
+__device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Place& place,
+                                             const WarpMemory<NS, kLanes>& warp, const Tile& tile,
+                                             const Decays<NS, CH, kSharedDecay, kZoh>& decays,
                                              const float (&state)[kTile][CH][NS], float (&g)[CH][NS],
                                              float (&own)[own_tokens(kLanes)][2 * CH],
                                              float (&da)[CH][kSharedDecay ? 1 : NS]) {
-  constexpr bool kOwned = owns_tokens(kLanes), kTokenDecay = has_token_decay(kSharedDecay, kZoh);
-  static_assert(!kOwned || kSumPitch<CH> <= WarpMemory<NS>::kPitch, "in the same memory");
-  const Spacing<kLanes> spacing(p);
-  const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
+  constexpr bool kOwned = owns_tokens(kLanes);
+  static_assert(!kOwned || kSumPitch<CH> <= WarpMemory<NS, kLanes>::kPitch, "in the same memory");
+  const Spacing<CH, kLanes> spacing(p);
+  constexpr int kPadded = padded_states_of(NS, kLanes);
   StateSums<NS, kLanes> db_sums = {p, warp, 0};
   float batch_sums[kBatch][2 * CH];
 #pragma unroll
   for (int j = kTile - 1; j >= 0; --j) {
     const int t = spacing.slot(j);
-    const float* row = tile.rows + t * spacing.bc + place.lane * NS;
+    const float* row = tile.rows + 2 * t * kPadded + place.lane * NS;
     float token[2 * CH], dy[CH], b[NS], c_row[NS], db[NS] = {};
-    float sum[2 * CH] = {};  // over the thread's states: d step and dh * B (zoh: dx)
+    float sum[2 * CH] = {};  // over the thread's states
     read_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, token);
     read_floats<CH>(tile.dy + t * spacing.single + place.c, dy);
     read_floats<NS>(row, b);
-    read_floats<NS>(row + spacing.bc / 2, c_row);
+    read_floats<NS>(row + kPadded, c_row);
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
-      const float shared_decay = shared_decay_of<kSharedDecay, kTokenDecay>(token[c], a[c][0]);
 #pragma unroll
       for (int n = 0; n < NS; ++n) {
-        const float a_n = a[c][kSharedDecay ? 0 : n];
-        const float e = kSharedDecay ? shared_decay : exp2_fast(token[c] * a_n);
         const float dh = fmaf(c_row[n], dy[c], g[c][n]);
-        g[c][n] = e * dh;
-        if constexpr (kTokenDecay) {
+        if constexpr (kSharedDecay) {
+          g[c][n] = token[c] * dh;
           sum[c] = fmaf(g[c][n], state[j][c][n], sum[c]);
           sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
           db[n] = fmaf(token[CH + c], dh, db[n]);
-          continue;
-        }
-        const float dz = g[c][n] * state[j][c][n];
-        if constexpr (kZoh) {
-          const float natural = a_n * kLn2, z = token[c] * natural;
-          const float bbar = zoh_weight(token[c], z, e, natural), x = token[CH + c], dbbar = dh * b[n] * x;
-          da[c][kSharedDecay ? 0 : n] += fmaf(dbbar, zoh_weight_slope(token[c], z, e, bbar, natural), token[c] * dz);
-          sum[c] += fmaf(dbbar, e, natural * dz);
-          sum[CH + c] = fmaf(bbar, dh * b[n], sum[CH + c]);
-          db[n] = fmaf(bbar * x, dh, db[n]);
         } else {
-          float& da_n = da[c][kSharedDecay ? 0 : n];
-          da_n = fmaf(token[c], dz, da_n);
-          sum[c] = fmaf(a_n, dz, sum[c]);
-          sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
-          db[n] = fmaf(token[CH + c], dh, db[n]);
+          const float a_n = decays.a[c][n], v = token[c] * a_n, e = exp2_fast(v);
+          g[c][n] = e * dh;
+          const float dz = g[c][n] * state[j][c][n];
+          if constexpr (kZoh) {
+            const float sigma = token[c] * kLn2, slope = zoh_slope(sigma, v, e, decays.inverse[c][n]);
+            const float weight = fmaf(-a_n, slope, sigma * e), dinput = dh * b[n], dbbar = dinput * token[CH + c];
+            da[c][n] += fmaf(dbbar, slope, sigma * dz);
+            sum[c] += fmaf(dbbar, e, a_n * dz);
+            sum[CH + c] = fmaf(weight, dinput, sum[CH + c]);
+            db[n] = fmaf(weight * token[CH + c], dh, db[n]);
+          } else {
+            da[c][n] = fmaf(token[c], dz, da[c][n]);
+            sum[c] = fmaf(a_n, dz, sum[c]);
+            sum[CH + c] = fmaf(b[n], dh, sum[CH + c]);
+            db[n] = fmaf(token[CH + c], dh, db[n]);
+          }
         }
       }
     }
@@ -1276,27 +1245,22 @@ __device__ __forceinline__ void reverse_tile(const BackwardParams& p, const Plac
         }
         __syncwarp();
       }
-      continue;
+    } else {
+      if constexpr (!kSharedDecay) {  // at once what finish_tokens leaves to do otherwise
+        float x[CH];
+        read_floats<CH>(tile.x + t * spacing.single + place.c, x);
+        finish_sums<CH, kZoh>(p, token, x, sum);
+      }
+      // In the place of the step and the input, which are not needed any more.
+      write_floats<2 * CH>(tile.tokens + t * spacing.twin + place.c * 2, sum);
     }
-    if constexpr (kLanes == 1 && !kTokenDecay) {  // at once what finish_tokens leaves to do for the other layouts
-      float x[CH];
-      read_floats<CH>(tile.x + t * spacing.single + place.c, x);
-      finish_sums<CH, kZoh>(p, token, x, sum);
-    }
-    // In the place of the step and the input, which no lane of the channel needs any more.
-    const int sum_base = sum_over_places<1, kLanes>(sum, 1, lanes, warp.in_warp, lanes);
-    if constexpr (kLanes != 1) __syncwarp();  // the other lanes have read them
-    const int sum_held = max(1, 2 * CH / lanes);
-#pragma unroll
-    for (int v = 0; v < 2 * CH; ++v)
-      if (v < sum_held && place.lane < 2 * CH) tile.tokens[t * spacing.twin + place.c * 2 + sum_base + v] = sum[v];
   }
   db_sums.finish();
   __syncwarp();
 }
 
 // This chunk's part of the parameter gradients.
-template <int NS, int CH, bool kSharedDecay>
+template <int NS, int CH, int kLanes, bool kSharedDecay>
 __device__ inline void write_parameters(const BackwardParams& p, const Place& place, const Walk& walk,
                                         const float (&da)[CH][kSharedDecay ? 1 : NS]) {
   const Track track = walk.track;
@@ -1306,7 +1270,7 @@ __device__ inline void write_parameters(const BackwardParams& p, const Place& pl
   float* const part = p.parts + (int64_t{track.b} * p.chunks + walk.chunk) * p.part;
   if (threadIdx.x < p.part - p.used) part[p.used + threadIdx.x] = 0.f;
   auto over_lanes = [&](float v) {
-    for (int off = 1; off < p.state_lanes; off *= 2) v += from_place(v, off, p.state_lanes);
+    for (int off = 1; off < kLanes; off *= 2) v += from_place(v, off, kLanes);
     return v;
   };
 #pragma unroll
@@ -1320,8 +1284,11 @@ __device__ inline void write_parameters(const BackwardParams& p, const Place& pl
                                            : p.weights_at + (mkd + c) * p.rank + row - kWeightRows;
       if (writes) part[at] = sum;
     }
-    if constexpr (kSharedDecay) {
-      const float sum = over_lanes(da[c][0]);
+    if (kSharedDecay || p.shared_decay) {
+      float sum = da[c][0];
+#pragma unroll
+      for (int j = 1; j < (kSharedDecay ? 1 : NS); ++j) sum += da[c][j];
+      sum = over_lanes(sum);
       if (writes) part[mkd + c] = sum;
     } else {
 #pragma unroll
@@ -1378,18 +1345,16 @@ struct Visit {
 };
 
 // Phase 3: one chunk of one path, against the scan. g is the gradient that the chunk scanned next hands over.
-// kLanes: state_lanes where known at compile time, else 0.
 template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh, bool kHalf>
 __device__ void walk_back(const BackwardParams& p, const Place& place, const Walk& walk, float (&g)[CH][NS]) {
-  float a[CH][kSharedDecay ? 1 : NS];
-  load_decays<NS, CH, kSharedDecay>(p, walk.track, walk.track.first_d + place.c, place.lane, a);
+  const Decays<NS, CH, kSharedDecay, kZoh> decays(p, place, walk.track);
   float da[CH][kSharedDecay ? 1 : NS] = {};
   // The gradients of what is staged of the channels, of the thread's share of the tokens: rows like theirs.
   float* const channel_sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at);
   for (int i = 0; i < channel_rows(p.rank) * CH; ++i) channel_sums[i * blockDim.x + threadIdx.x] = 0.f;
   lay_out_quads(p, place, walk);
   const History<NS, CH> history(p, place);
-  const WarpMemory<NS> warp(p, place, kLanes > 0 ? kLanes : p.state_lanes);
+  const WarpMemory<NS, kLanes> warp(p, place);
   constexpr bool kTilesSaved = NS == 1;
   const int64_t first_saved = walk.track.mbk(p) * p.pieces();
   auto load_saved = [&](int q0, float (&h)[CH][NS]) {
@@ -1405,8 +1370,8 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
     Visit<kTilesSaved> next = visit;
     const bool more = next.advance(p, walk);
     if (visit.enters()) load_saved(visit.first_token(walk), h);
-    const Tile tile = prepare_tile<Reads::all, kSharedDecay, kZoh, kHalf, CH, kLanes>(
-        p, place, walk, a, visit.first_token(walk), buffer, visit.back, [&] {
+    const Tile tile = prepare_tile<Reads::all, kSharedDecay, kZoh, kHalf, NS, CH, kLanes>(
+        p, place, walk, decays.a, visit.first_token(walk), buffer, visit.back, [&] {
           if (more)
             issue_tile<Reads::all, kHalf, NS, CH, kLanes>(p, place, walk, next.first_token(walk), buffer ^ 1,
                                                           next.back);
@@ -1414,7 +1379,7 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
     if (!visit.back) {
       if (visit.tile >= visit.first) history.save(visit.tile, h);
 #pragma unroll 4
-      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, a, j, h);
+      for (int j = 0; j < kTile; ++j) advance<NS, CH, kLanes, kSharedDecay, kZoh>(p, tile, place, decays, j, h);
     } else {
       float entry[kTilesSaved ? CH : 1][NS] = {};  // the state with which the tile before this one is entered
       if constexpr (kTilesSaved) {
@@ -1423,9 +1388,9 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
         if (visit.tile < visit.last) history.load(visit.tile, h);
       }
       float state[kTile][CH][NS], own[own_tokens(kLanes)][2 * CH];
-      rebuild_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, h, state);
-      reverse_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, a, state, g, own, da);
-      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh, kHalf>(p, place, walk, tile, a, own, da);
+      rebuild_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, decays, h, state);
+      reverse_tile<NS, CH, kLanes, kSharedDecay, kZoh>(p, place, warp, tile, decays, state, g, own, da);
+      finish_tokens<NS, CH, kLanes, kSharedDecay, kZoh, kHalf>(p, place, walk, tile, decays, own, da);
       __syncthreads();
       write_dproj<kHalf>(p, place, walk, tile);
       if constexpr (kTilesSaved) {
@@ -1436,7 +1401,13 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
     if (!more) break;
     visit = next;
   }
-  write_parameters<NS, CH, kSharedDecay>(p, place, walk, da);
+  if constexpr (kZoh && !kSharedDecay) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+#pragma unroll
+      for (int n = 0; n < NS; ++n) da[c][n] *= kLog2e;
+  }
+  write_parameters<NS, CH, kLanes, kSharedDecay>(p, place, walk, da);
 }
 
 // from + count, opaque to the compiler: of a row of addresses, only the next one is kept in a register.
@@ -1537,9 +1508,8 @@ template <int NS, int CH, int kLanes, bool kSharedDecay, bool kZoh, bool kHalf>
 __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     ss2d_backward_kernel(const __grid_constant__ BackwardParams p) {
   extern __shared__ float4 shared_base[];
-  const int lanes = kLanes > 0 ? kLanes : p.state_lanes;
-  const int thread = static_cast<int>(threadIdx.x), in_block = thread / 32 * 32 + place_in_warp(thread % 32, lanes);
-  const Place place = {in_block % lanes, in_block / lanes * CH, reinterpret_cast<char*>(shared_base)};
+  const int thread = static_cast<int>(threadIdx.x), in_block = thread / 32 * 32 + place_in_warp(thread % 32, kLanes);
+  const Place place = {in_block % kLanes, in_block / kLanes * CH, reinterpret_cast<char*>(shared_base)};
   const int64_t plane = int64_t{p.states} * p.channels;
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
@@ -1567,7 +1537,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       }
     }
     cooperative_groups::this_grid().sync();
-    prefix_chunks<kSharedDecay>(p, true, reinterpret_cast<float*>(shared_base));
+    prefix_chunks(p, true, reinterpret_cast<float*>(shared_base));
     clear();
     cooperative_groups::this_grid().sync();
   }
@@ -1612,44 +1582,37 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
 
 using BackwardKernel = void (*)(BackwardParams);
 
-// kLanes of the kernel.
-inline int known_lanes(const SS2DProblem& problem, const Layout& layout) {
-  if (problem.discretization != Discretization::euler) return 0;
-  return layout.states_per_thread <= kDefaultStates ? layout.state_lanes : 0;
+// A decay is shared, and tokens hold it. With zero-order hold the states of a channel have one each all the same.
+inline bool holds_decays(const SS2DProblem& problem) {
+  return has_shared_decay(problem) && problem.discretization == Discretization::euler;
 }
 
-// Eight states of one channel only where 32 lanes of four do not suffice.
 template <bool kSharedDecay, bool kZoh, bool kHalf>
 BackwardKernel kernel_with(const Layout& layout) {
-  if (layout.states_per_thread == 8) return ss2d_backward_kernel<8, 1, 0, kSharedDecay, kZoh, kHalf>;
-  if constexpr (kZoh) {
-    return ss2d_backward_kernel<4, 2, 0, kSharedDecay, true, kHalf>;
-  } else {
-    if constexpr (!kSharedDecay) {
-      if (layout.states_per_thread == 1) return ss2d_backward_kernel<1, 2, 1, false, false, kHalf>;
-    }
-    switch (layout.state_lanes) {
-      case 1:
-        return ss2d_backward_kernel<4, 2, 1, kSharedDecay, false, kHalf>;
-      case 2:
-        return ss2d_backward_kernel<4, 2, 2, kSharedDecay, false, kHalf>;
-      case 4:
-        return ss2d_backward_kernel<4, 2, 4, kSharedDecay, false, kHalf>;
-      case 8:
-        return ss2d_backward_kernel<4, 2, 8, kSharedDecay, false, kHalf>;
-      case 16:
-        return ss2d_backward_kernel<4, 2, 16, kSharedDecay, false, kHalf>;
-      default:
-        return ss2d_backward_kernel<4, 2, 32, kSharedDecay, false, kHalf>;
-    }
+  if (layout.states_per_thread == 8) return ss2d_backward_kernel<8, 1, 32, kSharedDecay, kZoh, kHalf>;
+  if constexpr (!kSharedDecay && !kZoh) {
+    if (layout.states_per_thread == 1) return ss2d_backward_kernel<1, 2, 1, false, false, kHalf>;
+  }
+  switch (layout.state_lanes) {
+    case 1:
+      return ss2d_backward_kernel<4, 2, 1, kSharedDecay, kZoh, kHalf>;
+    case 2:
+      return ss2d_backward_kernel<4, 2, 2, kSharedDecay, kZoh, kHalf>;
+    case 4:
+      return ss2d_backward_kernel<4, 2, 4, kSharedDecay, kZoh, kHalf>;
+    case 8:
+      return ss2d_backward_kernel<4, 2, 8, kSharedDecay, kZoh, kHalf>;
+    case 16:
+      return ss2d_backward_kernel<4, 2, 16, kSharedDecay, kZoh, kHalf>;
+    default:
+      return ss2d_backward_kernel<4, 2, 32, kSharedDecay, kZoh, kHalf>;
   }
 }
 template <bool kHalf>
 BackwardKernel kernel_for(const SS2DProblem& problem, const Layout& layout) {
-  const bool zoh = problem.discretization == Discretization::zoh;
-  if (has_shared_decay(problem))
-    return zoh ? kernel_with<true, true, kHalf>(layout) : kernel_with<true, false, kHalf>(layout);
-  return zoh ? kernel_with<false, true, kHalf>(layout) : kernel_with<false, false, kHalf>(layout);
+  if (holds_decays(problem)) return kernel_with<true, false, kHalf>(layout);
+  return problem.discretization == Discretization::zoh ? kernel_with<false, true, kHalf>(layout)
+                                                       : kernel_with<false, false, kHalf>(layout);
 }
 
 }  // namespace

@@ -49,8 +49,9 @@ struct Params {
   Exchange exchange;
   DType dtype;
   bool half;  // dtype is one of the 16-bit types
-  bool softplus;
-  bool pairs;  // B and C of one state in 16 bits are copied together: each by itself is less than can be
+  bool softplus, zoh;
+  bool shared_decay;  // one for all states of a channel
+  bool pairs;         // B and C of one state in 16 bits are copied together: each by itself is less than can be
 
   int state_lanes, block_channels, groups;  // groups = blocks of channels
   int lane_shift;                           // log2(state_lanes)
@@ -117,30 +118,44 @@ __device__ inline float softplus(float raw, float e) {
 }
 __device__ inline float softplus(float raw) { return softplus(raw, exp2_fast(-fabsf(raw) * kLog2e)); }
 
-// Zero-order hold: bbar = (e^z - 1) / A with z = step * A, by its Taylor series where the difference would cancel.
-__device__ inline float zoh_weight(float step, float z, float decay, float a) {
-  float p = 1.f / 40320.f;
-  p = fmaf(p, z, 1.f / 5040.f);
-  p = fmaf(p, z, 1.f / 720.f);
-  p = fmaf(p, z, 1.f / 120.f);
-  p = fmaf(p, z, 1.f / 24.f);
-  p = fmaf(p, z, 1.f / 6.f);
-  p = fmaf(p, z, 0.5f);
-  p = fmaf(p, z, 1.f);
-  return fabsf(z) < 0.5f ? step * p : __fdividef(decay - 1.f, a);
+__device__ inline float reciprocal(float v) {  // relative error 2^-23
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
 }
 
-// d bbar / dA = (step * e^z - bbar) / A, likewise.
-__device__ inline float zoh_weight_slope(float step, float z, float decay, float bbar, float a) {
-  float p = 1.f / 45360.f;
-  p = fmaf(p, z, 1.f / 5760.f);
-  p = fmaf(p, z, 1.f / 840.f);
-  p = fmaf(p, z, 1.f / 144.f);
-  p = fmaf(p, z, 1.f / 30.f);
-  p = fmaf(p, z, 1.f / 8.f);
-  p = fmaf(p, z, 1.f / 3.f);
-  p = fmaf(p, z, 0.5f);
-  return fabsf(z) < 0.5f ? step * step * p : __fdividef(step * decay - bbar, a);
+// Zero-order hold, bbar = (e^z - 1) / A with z = step * A. Decays are kept as a = A / ln 2, so z = sigma * a with sigma
+// = step * ln 2; `v` is step * a, `decay` 2^v = e^z, and `inverse` 1 / a. Both forms are computed and one selected:
+// lanes that branch apart take longer. This is ln 2 * bbar; where the difference would cancel, by a polynomial for (e^z
+// - 1) / z fitted on |z| < 1/2 to 1.5e-7.
+constexpr float kZohNear = 0.5f * kLog2e;
+__device__ inline float zoh_weight(float sigma, float v, float decay, float inverse) {
+  float p = 2.2371874e-4f;
+  p = fmaf(p, v, 1.9408683e-3f);
+  p = fmaf(p, v, 1.3875736e-2f);
+  p = fmaf(p, v, 8.0072135e-2f);
+  p = fmaf(p, v, 0.34657359f);
+  p = fmaf(p, v, 1.f);
+  return fabsf(v) < kZohNear ? sigma * p : fmaf(decay, inverse, -inverse);
+}
+// (ln 2)^2 * d bbar / dA = (sigma * e^z - ln 2 * bbar) / a, likewise, to 2.8e-7. With it, ln 2 * bbar = sigma * e^z - a
+// times this, and nothing cancels there.
+__device__ inline float zoh_slope(float sigma, float v, float decay, float inverse) {
+  float p = 1.9180641e-4f;
+  p = fmaf(p, v, 1.6181103e-3f);
+  p = fmaf(p, v, 1.1100562e-2f);
+  p = fmaf(p, v, 6.005368e-2f);
+  p = fmaf(p, v, 0.23104906f);
+  p = fmaf(p, v, 0.5f);
+  return fabsf(v) < kZohNear ? sigma * sigma * p : fmaf(sigma, decay, -fmaf(decay, inverse, -inverse)) * inverse;
+}
+// 1 / a of a thread's decays, for zero-order hold.
+template <int kDecays, int CH>
+__device__ inline void invert_decays(const float (&a)[CH][kDecays], float (&inverse)[CH][kDecays]) {
+#pragma unroll
+  for (int c = 0; c < CH; ++c)
+#pragma unroll
+    for (int n = 0; n < kDecays; ++n) inverse[c][n] = reciprocal(a[c][n]);
 }
 
 // One path of one (modality, batch item) seen by one block of channels.
@@ -319,11 +334,21 @@ __device__ inline void stage_channels(const Params& p, const Track& track, float
   copies_commit();
 }
 // The A of this thread's states in units of log2(e) (zero for what does not exist): decay = exp2(step * a).
-// `d` is the thread's first channel, `lane` its place among the lanes of the channel.
+// `d` is the thread's first channel, `lane` its place among the lanes of the channel. kSharedDecay: one is loaded for
+// all states.
 template <int NS, int CH, bool kSharedDecay>
 __device__ inline void load_decays(const Params& p, const Track& track, int d, int lane,
                                    float (&a)[CH][kSharedDecay ? 1 : NS]) {
   constexpr int kDecays = kSharedDecay ? 1 : NS;
+  if (!kSharedDecay && p.shared_decay) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const float shared = d + c < p.channels ? __ldg(p.a + track.mk(p) * p.channels + d + c) * kLog2e : 0.f;
+#pragma unroll
+      for (int i = 0; i < kDecays; ++i) a[c][i] = shared;
+    }
+    return;
+  }
   const int states = kSharedDecay ? 1 : p.states, first = kSharedDecay ? 0 : lane * NS;
   const bool quads = states % 4 == 0 && reinterpret_cast<uintptr_t>(p.a) % 16 == 0;
 #pragma unroll
@@ -402,7 +427,6 @@ __device__ inline void store_state(const Params& p, float* plane, int d, int lan
 // chunks of them as its shared memory holds are copied there, each thread folds a run of these, the block scans the
 // runs, each thread walks its run again; then the next chunks. All of the block's shared memory is overwritten, and
 // threads may still read it on return.
-template <bool kSharedDecay>
 __device__ inline void prefix_chunks(const Params& p, bool backwards, float* shared) {
   const int plane = p.states * p.channels, sequences = p.modalities * p.batch * p.paths * plane;
   int shared_bytes;
@@ -427,7 +451,7 @@ __device__ inline void prefix_chunks(const Params& p, bool backwards, float* sha
     const int mbk = i / plane, in_plane = i - mbk * plane, n = in_plane / p.channels, d = in_plane - n * p.channels;
     const int mb = mbk / p.paths, k = mbk - mb * p.paths;
     const int64_t mkd = int64_t{mb / p.batch * p.paths + k} * p.channels + d;
-    const float a = (kSharedDecay ? p.a[mkd] : p.a[mkd * p.states + n]) * kLog2e;
+    const float a = (p.shared_decay ? p.a[mkd] : p.a[mkd * p.states + n]) * kLog2e;
     const bool descending = (p.path[k] >= 2) != backwards;
     const int64_t at = int64_t{mbk} * p.chunks + (descending ? p.chunks - 1 : 0);
     const int64_t next_state = descending ? -plane : plane, next_steps = descending ? -p.channels : p.channels;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(32 * Scan::kWarps, 1) ss2d_forward_kernel(cons
       scan.store_steps(p, seat, p.chunk_steps + at * p.channels);
     }
     grid.sync();
-    prefix_chunks<Scan::kSharedDecay>(p, false, reinterpret_cast<float*>(shared_base));
+    prefix_chunks(p, false, reinterpret_cast<float*>(shared_base));
     __syncthreads();
     clear();
     grid.sync();
@@ -158,11 +158,10 @@ ForwardKernel shared_kernel(const Share& share) {
   }
   return nullptr;
 }
-// 32 threads of eight states are as many states as there can be; up to four are better off with two channels.
-template <bool kSharedDecay>
 ForwardKernel zoh_kernel(const Share& share) {
-  if (share.states == 8 && share.channels == 1) return ss2d_forward_kernel<Recurrence<8, 1, kSharedDecay, true, 0>>;
-  if (share.states == 4) return ss2d_forward_kernel<Recurrence<4, 2, kSharedDecay, true, 0>>;
+  if (share.states == 16 && share.channels == 1) return ss2d_forward_kernel<Recurrence<16, 1, false, true, 0>>;
+  if (share.states == 8 && share.channels == 1) return ss2d_forward_kernel<Recurrence<8, 1, false, true, 0>>;
+  if (share.states == 4) return ss2d_forward_kernel<Recurrence<4, 2, false, true, 0>>;
   return nullptr;
 }
 bool is_alone(const SS2DProblem& problem, const Share& share) {
@@ -192,8 +191,7 @@ ForwardKernel matrix_kernel(const Share& share) {
 ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
   if (is_matrix(problem)) return matrix_kernel(share);
   const bool shared_decay = has_shared_decay(problem);
-  if (problem.discretization == Discretization::zoh)
-    return shared_decay ? zoh_kernel<true>(share) : zoh_kernel<false>(share);
+  if (problem.discretization == Discretization::zoh && !shared_decay) return zoh_kernel(share);
   if (is_alone(problem, share))
     return shared_decay ? alone_kernel<true>(share, problem.rank) : alone_kernel<false>(share, problem.rank);
   return shared_decay ? shared_kernel<true>(share) : shared_kernel<false>(share);

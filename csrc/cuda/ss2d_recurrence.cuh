@@ -101,12 +101,7 @@ __device__ inline void compute_steps(const ForwardParams& p, const Seat& seat, c
 // within a tile they are kept divided by the decay since the tile began, `since`, and made whole at its end, or before
 // that falls below this.
 constexpr float kLeastSince = 0x1p-40f;
-constexpr int kTogether = 4;                   // tokens whose decays are looked at together
-__device__ inline float reciprocal(float v) {  // relative error 2^-23
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
+constexpr int kTogether = 4;  // tokens whose decays are looked at together
 template <int NS, int CH>
 __device__ inline void make_whole(float (&h)[CH][NS], float (&since)[CH]) {
 #pragma unroll
@@ -122,6 +117,7 @@ struct Recurrence;
 
 // Walks the tiles of a path, the first of which has been issued. `a` and h are the thread's decays and its state, in
 // and out.
+// kZoh: zero-order hold without a shared decay; with one it is told apart at run time, being the work of a token.
 // Summaries (!kOutput) also add up the steps. With a shared decay they are taken from the end: what a token leaves
 // there is its input, times the decay of all after it, times B.
 // kHeld > 0: the thread holds all states of its channels, which exist all or none, and the weights of their low-rank
@@ -138,6 +134,8 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
   const int block_channels = kAlone ? 32 * CH : p.block_channels;
   const ForwardBases& bases = *reinterpret_cast<const ForwardBases*>(seat.shared + p.bases_at);
   constexpr bool kFromEnd = kSharedDecay && !kOutput;
+  float inverse[CH][kSharedDecay ? 1 : NS];
+  if constexpr (kZoh || (kSharedDecay && !kAlone)) invert_decays(a, inverse);
   float after[CH];  // from the end: the decay of all tokens after this one
 #pragma unroll
   for (int c = 0; c < CH; ++c) after[c] = 1.f;
@@ -213,11 +211,13 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
       }
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        input[c] = kZoh ? x[c] : step[c] * x[c];
+        input[c] = (kZoh ? kLog2e : step[c]) * x[c];
         if constexpr (!kOutput) step_sum[c] += step[c];
         if constexpr (kSharedDecay) {
-          decay[c] = exp2_fast(step[c] * a[c][0]);
-          if constexpr (kZoh) input[c] *= zoh_weight(step[c], step[c] * (a[c][0] * kLn2), decay[c], a[c][0] * kLn2);
+          const float v = step[c] * a[c][0];
+          decay[c] = exp2_fast(v);
+          if constexpr (!kAlone)
+            if (p.zoh) input[c] = zoh_weight(step[c] * kLn2, v, decay[c], inverse[c][0]) * kLog2e * x[c];
         }
       }
     };
@@ -238,10 +238,10 @@ __device__ void walk(const ForwardParams& p, const Seat& seat, const Track& trac
             if constexpr (kSharedDecay) {
               state = fmaf(input[c], b[j], state);
             } else {
-              const float a_j = a[c][first + j], decay = exp2_fast(step[c] * a_j);
-              float u = input[c];
-              if constexpr (kZoh) u *= zoh_weight(step[c], step[c] * (a_j * kLn2), decay, a_j * kLn2);
-              state = fmaf(decay, state, u * b[j]);
+              const float v = step[c] * a[c][first + j], decay = exp2_fast(v);
+              float u = input[c] * b[j];
+              if constexpr (kZoh) u *= zoh_weight(step[c] * kLn2, v, decay, inverse[c][first + j]);
+              state = fmaf(decay, state, u);
             }
             if constexpr (kOutput) partial[c][j % 2] = fmaf(cc[j], state, partial[c][j % 2]);
           }
