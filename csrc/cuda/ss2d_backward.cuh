@@ -18,6 +18,9 @@
 // Where that leaves too few tasks for the device, the blocks of channels of a chunk are split over several tasks, or
 // the paths become tasks of their own, or both. Each split then writes to a copy of dproj of its own, and each path to
 // a copy of dx, all of float; behind a grid barrier the copies are added in a fixed order.
+//
+// The loop of phase 3 should stay in the instruction cache, where three blocks stand at different places of it: what
+// few problems need of it should be little code, even where that is slow.
 #pragma once
 
 #include "launch.cuh"
@@ -175,7 +178,6 @@ struct Contribution {
   // The last writes dproj; there is none where blocks of channels are split over tasks, and the first is each task's.
   bool first_low, last_low;  // to the low-rank part: one per block of channels
   bool first_bc, last_bc;    // to B and C: as many, times the modalities that read them
-  bool zero_own_bc;          // nobody reads this modality's B and C
   bool first_dx, last_dx;    // to dx: one per path
 };
 
@@ -245,7 +247,19 @@ __device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& p
   __syncthreads();  // nobody reads what the walk before needed
   stage_channels(p, track, reinterpret_cast<float*>(place.shared + p.channels_at), threadIdx.x, blockDim.x,
                  channel_rows(p.rank));
-  if (threadIdx.x == 0) *walk = Walk(p, track, chunk, part, stage_of<kReads>(p), tile_of(kReads));
+  const Stage& stage = stage_of<kReads>(p);
+  if (threadIdx.x == 0) *walk = Walk(p, track, chunk, part, stage, tile_of(kReads));
+  if (track.first_d + p.block_channels > p.channels) {  // zeros for channels that do not exist, as past the end
+    const int bytes = (p.half ? 1 : 2) * tile_of(kReads) * p.single * p.element();
+    auto clear = [&](int at) {
+#pragma unroll 1
+      for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+        *reinterpret_cast<float4*>(place.shared + at + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+    };
+    clear(stage.dy_at);
+    if constexpr (kReads == Reads::all) clear(stage.x_at);
+    if (p.rank == 0) clear(stage.delta_at);
+  }
   copies_wait();
   __syncthreads();
   return *walk;
@@ -256,133 +270,128 @@ __device__ inline int64_t at_pixel(int64_t at, int pixel, int stride) {
   return at + static_cast<int64_t>(uint64_t{static_cast<uint32_t>(pixel)} * static_cast<uint32_t>(stride));
 }
 
-// One of `lanes` threads' share of a run; these loops run a few times only.
-template <int kBytes>
-__device__ inline void copy_some(uint32_t to, const char* from, int bytes, int lane, int lanes) {
+// One of `parts` threads' share of the `bytes` of a token, in pieces of kPiece.
+template <int kPiece>
+__device__ inline void copy_pieces(uint32_t to, const char* from, int bytes, bool zeros, int part, int parts) {
 #pragma unroll 1
-  for (int i = lane * kBytes; i < bytes; i += lanes * kBytes) copy_async<kBytes>(to + i, from + i);
+  for (int i = part * kPiece; i < bytes; i += parts * kPiece) copy_async_or_zeros<kPiece>(to + i, from + i, zeros);
 }
 
-// The pixel of the token in a slot of a tile, noted for who needs it later if `notes`. Past the end: the last token's
-// once more, and -1 is noted.
+// The token in a slot of a tile; its pixel is noted for who needs it later if `notes`. Past the end: -1 is noted, and
+// zeros are staged, with which nothing is added to states and gradients, whatever its step.
+struct Token {
+  int pixel;  // past the end: the last token's once more
+  bool past_end;
+};
 template <Reads kReads>
-__device__ inline int pixel_of(const BackwardParams& p, char* shared, const Walk& walk, int q0, int buffer, int slot,
-                               bool notes) {
+__device__ inline Token token_of(const BackwardParams& p, char* shared, const Walk& walk, int q0, int buffer, int slot,
+                                 bool notes) {
   constexpr int kTokens = tile_of(kReads);
   const int q = q0 + (walk.track.reversed ? kTokens - 1 - slot : slot);
-  const int pixel = walk.track.pixel(p, min(q, p.tokens - 1));
+  const Token token = {walk.track.pixel(p, min(q, p.tokens - 1)), q >= p.tokens};
   if (notes)
-    reinterpret_cast<int*>(shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + slot] = q < p.tokens ? pixel : -1;
-  return pixel;
+    reinterpret_cast<int*>(shared + stage_of<kReads>(p).pixels_at)[buffer * kTokens + slot] =
+        token.past_end ? -1 : token.pixel;
+  return token;
 }
 
 // Starts the copies of the tile of tokens [q0, q0 + kTokens) in the order of the scan, into buffer 0 or 1 (of
-// float): each warp takes runs. Out of the way: where tiles are not whole, and for the first one of a walk.
+// float): each warp takes runs.
 template <Reads kReads>
-__device__ __noinline__ void issue_runs(const BackwardParams& p, char* shared, int q0, int buffer, bool back) {
-  const Walk& walk = *reinterpret_cast<const Walk*>(shared + p.walk_at);
+__device__ inline void issue_runs(const BackwardParams& p, char* shared, const Walk& walk, int q0, int buffer,
+                                  bool back) {
   constexpr int kTokens = tile_of(kReads), kLanes = 32 / kTokens;
   const int lane_id = opaque(threadIdx.x % 32), warp = threadIdx.x / 32;
-  const int token = lane_id / kLanes, lane = lane_id % kLanes;
-  const int pixel = pixel_of<kReads>(p, shared, walk, q0, buffer, token, warp == 0);
+  const int slot = lane_id / kLanes, lane = lane_id % kLanes;
+  const Token token = token_of<kReads>(p, shared, walk, q0, buffer, slot, warp == 0);
   const int count = kReads == Reads::c_dy || !back ? 3 : p.pairs || p.padded_states == p.states ? 4 : 5;
 #pragma unroll 1
   for (int i = warp; i < count; i += blockDim.x / 32) {
     const Run run = walk.runs[kReads == Reads::all ? (back ? kX : kB) + i : i < 2 ? kLow + i : kC];
-    const char* const from = run.from + int64_t{pixel} * run.pixel;
-    char* const to = shared + run.to + buffer * run.buffer_pitch + token * run.token_pitch;
+    const char* const from = run.from + int64_t{token.pixel} * run.pixel;
+    char* const to = shared + run.to + buffer * run.buffer_pitch + slot * run.token_pitch;
     const uint32_t at = shared_address(to);
     if (run.granule == 16) {
-      copy_some<16>(at, from, run.bytes, lane, kLanes);
+      copy_pieces<16>(at, from, run.bytes, token.past_end, lane, kLanes);
     } else if (run.granule == 8) {
-      copy_some<8>(at, from, run.bytes, lane, kLanes);
+      copy_pieces<8>(at, from, run.bytes, token.past_end, lane, kLanes);
     } else if (run.granule == 4) {
-      copy_some<4>(at, from, run.bytes, lane, kLanes);
+      copy_pieces<4>(at, from, run.bytes, token.past_end, lane, kLanes);
     } else {  // 16-bit rows that start on odd elements: cp.async cannot
 #pragma unroll 1
       for (int j = lane * 2; j < run.bytes; j += kLanes * 2)
-        *reinterpret_cast<uint16_t*>(to + j) = *reinterpret_cast<const uint16_t*>(from + j);
+        *reinterpret_cast<uint16_t*>(to + j) = token.past_end ? 0 : *reinterpret_cast<const uint16_t*>(from + j);
     }
   }
 }
 
-// `bytes` of a token in pieces of kPiece, one of kParts threads' share, or of `parts` if that is 0. kMost: bytes at
-// most, if known.
-template <int kPiece, int kParts, int kMost>
-__device__ inline void copy_pieces(uint32_t to, const char* from, int bytes, int part, int parts) {
-  if constexpr (kParts > 0 && kMost > 0) {
-#pragma unroll
-    for (int i = 0; i < kMost; i += kParts * kPiece)
-      if (part * kPiece < bytes - i) copy_async<kPiece>(to + i, from + i);
-  } else {
-#pragma unroll 1
-    for (int i = part * kPiece; i < bytes; i += parts * kPiece, to += parts * kPiece, from += parts * kPiece)
-      copy_async<kPiece>(to, from);
-  }
-}
-
-// issue_runs where walk.whole: kParts threads share a token, or if that is 0, as many as there are for each.
-template <Reads kReads, bool kHalf, int NS, int CH, int kLanes, int kParts>
+// issue_runs where walk.whole: all threads at once, as many for each token.
+template <Reads kReads, bool kHalf, int NS, int CH, int kLanes>
 __device__ inline void issue_whole_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0,
                                         int buffer, bool back) {
   constexpr int kTokens = tile_of(kReads), kElement = kHalf ? 2 : 4;
   constexpr int kPadded = padded_states_of(NS, kLanes) * kElement;  // of B, of C
-  constexpr int kMost = kMaxThreads / kLanes * CH * kElement;       // of the channels of a block
+  // 16 bytes of the channels of a block for each thread of a token, however many threads there are. 0: not for each.
+  constexpr int kCount = CH * kElement * kTokens / (16 * kLanes);
   // One of each state comes together in 16 bits; C alone where B is not needed.
   constexpr bool kPair = NS == 1 && kHalf, kOnlyC = kReads == Reads::c_dy && !kPair;
   const Stage& stage = stage_of<kReads>(p);
-  const int thread = opaque(threadIdx.x), parts = kParts > 0 ? kParts : static_cast<int>(stage.by_parts.divisor);
-  const int token = kParts > 0 ? thread / kParts : stage.by_parts.quotient(thread), part = thread - token * parts;
-  const int pixel = pixel_of<kReads>(p, place.shared, walk, q0, buffer, token, part == 0);
+  const int thread = opaque(threadIdx.x), parts = static_cast<int>(stage.by_parts.divisor);
+  const int in_tile = stage.by_parts.quotient(thread), part = thread - in_tile * parts;
+  const Token token = token_of<kReads>(p, place.shared, walk, q0, buffer, in_tile, part == 0);
+  const bool zeros = token.past_end;
   // All addresses before the first copy, behind which what is in shared memory would be read again.
   auto at_token = [&](RunOf run, int stride, int piece) {
-    return walk.runs[run].from + (static_cast<uint32_t>(pixel) * static_cast<uint32_t>(stride) + part * piece);
+    return walk.runs[run].from + (static_cast<uint32_t>(token.pixel) * static_cast<uint32_t>(stride) + part * piece);
   };
   const bool wide_rows = !kHalf && p.proj.granule >= 8;
   const char* const x = at_token(kX, p.x.pixel, 16);
   const char* const dy = at_token(kDy, p.dy.pixel, 16);
-  const char* const bc = at_token(kOnlyC ? kC : kB, p.proj.pixel, NS == 1 ? kElement : wide_rows ? 8 : 4);
-  const char* const low = at_token(kLow, p.rank > 0 ? p.proj.pixel : p.delta.pixel, p.rank > 0 ? 4 : 16);
-  const int bytes = kParts > 0 ? kMost : p.block_channels * kElement;
-  const uint32_t shared = shared_address(place.shared) + opaque(0), slot = kHalf ? token : buffer * kTokens + token;
+  const char* const bc = at_token(kOnlyC ? kC : kB, p.proj.pixel, NS == 1 ? kElement : 0);
+  const char* const low = at_token(kLow, p.rank > 0 ? p.proj.pixel : p.delta.pixel, p.rank > 0 ? 0 : 16);
+  const uint32_t shared = shared_address(place.shared) + opaque(0), slot = (kHalf ? 0 : buffer * kTokens) + in_tile;
   const uint32_t at = shared + slot * (Spacing<CH, kLanes>(p).single * kElement) + part * 16;
   const uint32_t rows = shared + stage.rows_at + (kHalf ? 0 : buffer * kTokens * p.pitch * kElement);
-  const uint32_t row = rows + token * 2 * kPadded + (kOnlyC ? kPadded : 0);
-  const uint32_t low_row = rows + kTokens * 2 * kPadded + token * p.low_pitch() * kElement;
-  if constexpr (kReads == Reads::all) copy_pieces<16, kParts, kMost>(at + stage.x_at, x, bytes, part, parts);
-  if (kReads == Reads::c_dy || back) copy_pieces<16, kParts, kMost>(at + stage.dy_at, dy, bytes, part, parts);
-  constexpr int kStates = kReads == Reads::all && !kPair ? 2 * kPadded : kPadded;
-  const int states = back ? kStates : kPadded;
+  const uint32_t row = rows + in_tile * 2 * kPadded + (kOnlyC ? kPadded : 0);
+  const uint32_t low_row = rows + kTokens * 2 * kPadded + in_tile * p.low_pitch() * kElement;
+  auto copy_channels = [&](int to, const char* from) {
+    if (kCount == 0 && part * 16 >= p.block_channels * kElement) return;
+#pragma unroll
+    for (int i = 0; i < (kCount == 0 ? 1 : kCount); ++i)
+      copy_async_or_zeros<16>(at + to + i * parts * 16, from + i * parts * 16, zeros);
+  };
+  if constexpr (kReads == Reads::all) copy_channels(stage.x_at, x);
+  if (kReads == Reads::c_dy || back) copy_channels(stage.dy_at, dy);
+  const int states = back && kReads == Reads::all && !kPair ? 2 * kPadded : kPadded;
   if constexpr (NS == 1) {
-    if (part * kPadded < states) copy_async<4>(row + part * kPadded, bc);
+    if (part * kPadded < states) copy_async_or_zeros<4>(row + part * kPadded, bc, zeros);
   } else if (wide_rows) {
-    copy_pieces<8, kParts, kStates>(row + part * 8, bc, states, part, parts);
+    copy_pieces<8>(row, bc, states, zeros, part, parts);
   } else {
-    copy_pieces<4, kParts, kStates>(row + part * 4, bc, states, part, parts);
+    copy_pieces<4>(row, bc, states, zeros, part, parts);
   }
   if (p.rank > 0) {
-    copy_pieces<4, kParts, 0>(low_row + part * 4, low, p.rank * kElement, part, parts);
+    copy_pieces<4>(low_row, low, p.rank * kElement, zeros, part, parts);
   } else {
-    copy_pieces<16, kParts, kMost>(at + stage.delta_at, low, bytes, part, parts);
+    copy_channels(stage.delta_at, low);
   }
 }
 
 template <Reads kReads, bool kHalf, int NS, int CH, int kLanes>
 __device__ inline void issue_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0, int buffer,
                                   bool back) {
-  if (walk.whole && blockDim.x == kMaxThreads) {
-    constexpr int kParts = kMaxThreads / tile_of(kReads);
-    issue_whole_tile<kReads, kHalf, NS, CH, kLanes, kParts>(p, place, walk, q0, buffer, back);
-  } else if (walk.whole) {
-    issue_whole_tile<kReads, kHalf, NS, CH, kLanes, 0>(p, place, walk, q0, buffer, back);
+  if (walk.whole) {
+    issue_whole_tile<kReads, kHalf, NS, CH, kLanes>(p, place, walk, q0, buffer, back);
   } else {
-    issue_runs<kReads>(p, place.shared, q0, buffer, back);
+    issue_runs<kReads>(p, place.shared, walk, q0, buffer, back);
   }
   copies_commit();
 }
+// A walk's.
 template <Reads kReads>
-__device__ inline void issue_first_tile(const BackwardParams& p, const Place& place, int q0, bool back) {
-  issue_runs<kReads>(p, place.shared, q0, 0, back);
+__device__ inline void issue_first_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0,
+                                        bool back) {
+  issue_runs<kReads>(p, place.shared, walk, q0, 0, back);
   copies_commit();
 }
 
@@ -512,24 +521,6 @@ __device__ inline void compute_steps(const BackwardParams& p, const Place& place
       if (kReads == Reads::all && kSharedDecay && back) store_together<CH>(steps + t * spacing.single, step[s]);
     }
   }
-  // A token past the end or a channel that does not exist must leave state and gradients alone: step 0 means decay 1,
-  // and nothing is added.
-  if (q0 + kTokens > p.tokens || walk.track.first_d + p.block_channels > p.channels) {
-#pragma unroll 1
-    for (int t = 0; first + t < kTokens; t += kLanes) {
-#pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        if (tile.pixels[first + t] >= 0 && walk.track.first_d + place.c + c < p.channels) continue;
-        constexpr int kDecayAt = kReads == Reads::c_dy ? CH : 0;
-        tokens[t * token_pitch + c] = 0.f;
-        if constexpr (kPairs) tokens[t * token_pitch + CH + c] = 0.f;
-        if constexpr (kSharedDecay) tokens[t * token_pitch + kDecayAt + c] = 1.f;
-        if constexpr (kReads != Reads::c_dy) xs[t * spacing.single + c] = 0.f;
-        dys[t * spacing.single + c] = 0.f;
-        if constexpr (kReads == Reads::all && kSharedDecay) steps[t * spacing.single + c] = 0.f;
-      }
-    }
-  }
 }
 
 // Waits for the tile in `buffer` and prepares it. Starts the next tile's copies by `issue_next()`.
@@ -628,7 +619,7 @@ __device__ void summarize_chunk(const BackwardParams& p, const Place& place, con
   constexpr int kPadded = padded_states_of(NS, kLanes);
   const int begin = walk.begin, tiles = (walk.end - begin + kWideTile - 1) / kWideTile;
   auto first_token = [&](int tile) { return begin + (track.reversed ? tile : tiles - 1 - tile) * kWideTile; };
-  issue_first_tile<Reads::c_dy>(p, place, first_token(0), true);
+  issue_first_tile<Reads::c_dy>(p, place, walk, first_token(0), true);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
     const Tile tile = prepare_tile<Reads::c_dy, kSharedDecay, kZoh, kHalf, NS, CH, kLanes>(
@@ -737,8 +728,10 @@ __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, 
 
 // Two neighbouring elements of an output of a 16-bit type, at an even element.
 __device__ inline void store_pair(void* to, int64_t i, float2 v, DType dtype) {
+  const __nv_bfloat162 bf16 = __floats2bfloat162_rn(v.x, v.y);
+  const __half2 f16 = __floats2half2_rn(v.x, v.y);
   *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + i) =
-      encode(v.x, dtype) | static_cast<uint32_t>(encode(v.y, dtype)) << 16;
+      dtype == DType::bf16 ? *reinterpret_cast<const uint32_t*>(&bf16) : *reinterpret_cast<const uint32_t*>(&f16);
 }
 
 // The quads of a walk's rows of dproj.
@@ -785,26 +778,7 @@ __device__ inline void write_dproj(const BackwardParams& p, const Place& place, 
     }
     const int64_t to = at_pixel(quad.to, pixel, row_pixel);
     const bool rounds = kHalf && quad.last;  // float rows end where they are summed
-    if (p.paired) {
-      if (!quad.first) {
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          if (j >= quad.count) break;
-          const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to + j));
-          v[j] += before.x;
-          v[j + 1] += before.y;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        if (j >= quad.count) break;
-        if (rounds) {
-          store_pair(p.dproj, to + j, make_float2(v[j], v[j + 1]), p.dtype);
-        } else {
-          *reinterpret_cast<float2*>(p.dproj_sum + to + j) = make_float2(v[j], v[j + 1]);
-        }
-      }
-    } else {
+    if (!p.paired) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j >= quad.count) break;
@@ -815,35 +789,54 @@ __device__ inline void write_dproj(const BackwardParams& p, const Place& place, 
           p.dproj_sum[to + j] = sum;
         }
       }
+      continue;
     }
-  }
-  if (walk.part.zero_own_bc) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kTile * 2 * p.states; i += blockDim.x) {
-      const int t = i / (2 * p.states), pixel = tile.pixels[t];
-      if (pixel < 0) continue;
-      const int64_t own = at_pixel(walk.own_row + p.rank + i - t * 2 * p.states, pixel, row_pixel);
-      if (p.splits > 1) {
-        p.dproj_sum[own] = 0.f;
+    if (!quad.first) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        if (j >= quad.count) break;
+        const float2 before = __ldcg(reinterpret_cast<const float2*>(p.dproj_sum + to + j));
+        v[j] += before.x;
+        v[j + 1] += before.y;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      if (j >= quad.count) break;
+      if (rounds) {
+        store_pair(p.dproj, to + j, make_float2(v[j], v[j + 1]), p.dtype);
       } else {
-        store_as(p.dproj, own, 0.f, p);
+        *reinterpret_cast<float2*>(p.dproj_sum + to + j) = make_float2(v[j], v[j + 1]);
       }
     }
   }
 }
 
-// What the paths before left in dx_sum of the thread's channels, of which `exist` exist.
+// Zeros for the rows of B and C that nobody reads. One grid's work.
+__device__ inline void clear_unread(const BackwardParams& p) {
+  const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, warps = gridDim.x * blockDim.x / 32;
+  const int64_t rows = int64_t{p.batch} * p.tokens * p.paths, first = p.source(0) == 0 ? rows : 0;
+#pragma unroll 1
+  for (int64_t row = first + warp; row < first + rows; row += warps) {
+    const int64_t at = row * p.row() + p.rank;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < 2 * p.states; i += 32) {
+      if (p.splits == 1) store_as(p.dproj, at + i, 0.f, p);
+#pragma unroll 1
+      for (int split = 0; p.splits > 1 && split < p.splits; ++split) p.dproj_sum[split * p.dproj_copy + at + i] = 0.f;
+    }
+  }
+}
+
+// What the paths before left in dx_sum of the thread's channels.
 template <int CH>
-__device__ inline void read_dx(const BackwardParams& p, int64_t from, int exist, float (&dx)[CH]) {
-  if (CH == 2 && p.channels % 2 == 0) {  // both channels or none
-    if (exist < CH) return;
+__device__ inline void read_dx(const BackwardParams& p, int64_t from, float (&dx)[CH]) {
+  if constexpr (CH == 2) {
     const float2 pair = __ldcg(reinterpret_cast<const float2*>(p.dx_sum + from));
     dx[0] = pair.x;
-    dx[CH - 1] = pair.y;
+    dx[1] = pair.y;
   } else {
-#pragma unroll
-    for (int c = 0; c < CH; ++c)
-      if (c < exist) dx[c] = __ldcg(p.dx_sum + from + c);
+    dx[0] = __ldcg(p.dx_sum + from);
   }
 }
 
@@ -927,12 +920,14 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
     const int t = first + i * kLanes;
     pixel[i] = !kAllHave && t >= kTile ? -1 : tile.pixels[t];
   }
-  if (kHalf && part.last_dx && !part.first_dx) {  // all tokens at once: this is far away
+  const bool together = CH == 1 || p.channels % 2 == 0, writes = exist >= (together ? CH : 1);  // all channels or none
+  const bool reads_dx = kHalf && part.last_dx && !part.first_dx;
+  if (reads_dx && together && writes) {  // all tokens at once: this is far away
     const int64_t at = walk.dx + place.c;
     const int stride = walk.dx_pixel;
 #pragma unroll
     for (int i = 0; i < kShare; ++i)
-      if (pixel[i] >= 0) read_dx<CH>(p, at_pixel(at, pixel[i], stride), exist, dx[i]);
+      if (pixel[i] >= 0) read_dx<CH>(p, at_pixel(at, pixel[i], stride), dx[i]);
   }
   const int sums_row = blockDim.x * CH;
   float* sums = reinterpret_cast<float*>(place.shared + p.channel_sums_at) + threadIdx.x * CH;
@@ -974,25 +969,33 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
       dskip[c] = fmaf(dy[c], x[c], dskip[c]);
     }
   }
-  if (CH == 1 || p.channels % 2 == 0) {  // all channels or none
-    if (exist >= CH) write_dx<CH, kShare, kHalf>(p, walk, place.c, pixel, dx);
-  } else {
+  if (together && writes) write_dx<CH, kShare, kHalf>(p, walk, place.c, pixel, dx);
+  if ((!together || p.ddelta != nullptr) && writes) {  // one by one, from where the sums may be: this is seldom needed
 #pragma unroll
-    for (int c = 0; c < CH; ++c) {
-      float one[kShare][1];
+    for (int i = 0; i < kShare; ++i) {
+      float values[2 * CH];
 #pragma unroll
-      for (int i = 0; i < kShare; ++i) one[i][0] = dx[i][c];
-      if (c < exist) write_dx<1, kShare, kHalf>(p, walk, place.c + c, pixel, one);
+      for (int c = 0; c < CH; ++c) {
+        values[c] = draw[i][c];
+        values[CH + c] = dx[i][c];
+      }
+      if (kAllHave || first + i * kLanes < kTile)
+        write_floats<2 * CH>(tile.tokens + (first + i * kLanes) * spacing.twin + place.c * 2, values);
     }
-  }
-  if (p.ddelta != nullptr) {
-    const int64_t at = walk.ddelta + place.c;
-    const int stride = walk.ddelta_pixel;
-#pragma unroll
-    for (int i = 0; i < kShare; ++i)
-#pragma unroll
-      for (int c = 0; c < CH; ++c)
-        if (pixel[i] >= 0 && c < exist) store_as(p.ddelta, at_pixel(at + c, pixel[i], stride), draw[i][c], p);
+#pragma unroll 1
+    for (int i = 0; i < kShare * CH; ++i) {
+      const int c = i % CH, t = first + i / CH * kLanes;
+      if (c >= exist || (!kAllHave && t >= kTile) || tile.pixels[t] < 0) continue;
+      const float* const values = tile.tokens + t * spacing.twin + place.c * 2 + c;
+      const int at[1] = {tile.pixels[t]};
+      if (p.ddelta != nullptr)
+        store_as(p.ddelta, at_pixel(walk.ddelta + place.c + c, at[0], walk.ddelta_pixel), values[0], p);
+      if (!together) {
+        float one[1][1] = {{values[CH]}};
+        if (reads_dx) one[0][0] += __ldcg(p.dx_sum + at_pixel(walk.dx + place.c + c, at[0], walk.dx_pixel));
+        write_dx<1, 1, kHalf>(p, walk, place.c + c, at, one);
+      }
+    }
   }
   float* warp_sums =
       reinterpret_cast<float*>(place.shared + p.warp_sums_at) + warp * kTile * p.pitch + 2 * p.padded_states;
@@ -1364,7 +1367,7 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
 
   Visit<kTilesSaved> visit(p, walk);
   float h[CH][NS] = {};
-  issue_first_tile<Reads::all>(p, place, visit.first_token(walk), visit.back);
+  issue_first_tile<Reads::all>(p, place, walk, visit.first_token(walk), visit.back);
 #pragma unroll 1
   for (int buffer = 0;; buffer ^= 1) {
     Visit<kTilesSaved> next = visit;
@@ -1519,6 +1522,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
     __syncthreads();
   };
   clear();
+  if (p.shared_source) clear_unread(p);
   if (p.chunks > 1) {
     const int summaries = p.chunks - 1, tasks = p.modalities * p.batch * p.groups * p.paths * summaries;
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
@@ -1560,13 +1564,9 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
       if (p.chunks > 1)
         load_state<NS, CH>(p, p.chunk_state + (track.mbk(p) * p.chunks + chunk) * plane, track.first_d + place.c,
                            place.lane, g);
-      const Contribution part = {in_split == 0,
-                                 last && p.splits == 1,
-                                 turn == 0,
-                                 last_turn && p.splits == 1,
-                                 in_split == 0 && p.shared_source && p.source(track.m) != track.m,
-                                 i == 0 || p.x_per_path,
-                                 i == p.paths - 1 || p.x_per_path};
+      const Contribution part = {
+          in_split == 0,          last && p.splits == 1,           turn == 0, last_turn && p.splits == 1,
+          i == 0 || p.x_per_path, i == p.paths - 1 || p.x_per_path};
       const int next = last_turn ? (task + gridDim.x) * p.turns : at + 1;
       const Walk& walk = begin_walk<Reads::all>(p, place, track, chunk, part);
       if (threadIdx.x == 0) const_cast<Walk&>(walk).next = next;

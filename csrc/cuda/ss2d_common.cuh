@@ -213,6 +213,15 @@ __device__ inline void copy_async(uint32_t to, const char* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async copies");
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
 }
+// The same, or zeros.
+template <int kBytes>
+__device__ inline void copy_async_or_zeros(uint32_t to, const char* from, bool zeros) {
+  asm volatile(
+      "{\n\t.reg .pred zeros;\n\tsetp.ne.u32 zeros, %3, 0;\n\t"
+      "cp.async.ca.shared.global [%0], [%1], %2, zeros;\n\t}" ::"r"(to),
+      "l"(from), "n"(kBytes), "r"(static_cast<uint32_t>(zeros))
+      : "memory");
+}
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -269,8 +278,9 @@ __device__ inline void read_activation(const Params& p, const char* row, int at,
     const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + at;
     if constexpr (CH == 2) {
       const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
-      v[0] = decode(static_cast<uint16_t>(pair), p.dtype);
-      v[1] = decode(static_cast<uint16_t>(pair >> 16), p.dtype);
+      const float2 half = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+      v[0] = p.dtype == DType::bf16 ? __uint_as_float(pair << 16) : half.x;
+      v[1] = p.dtype == DType::bf16 ? __uint_as_float(pair & 0xffff0000u) : half.y;
     } else {
       v[0] = decode(from[0], p.dtype);
     }
