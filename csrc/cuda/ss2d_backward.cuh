@@ -387,7 +387,7 @@ __device__ inline void issue_tile(const BackwardParams& p, const Place& place, c
   }
   copies_commit();
 }
-// A walk's.
+// The first of a walk, copied as any tile can be: less code.
 template <Reads kReads>
 __device__ inline void issue_first_tile(const BackwardParams& p, const Place& place, const Walk& walk, int q0,
                                         bool back) {
