@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from helpers import assert_close, double, make_inputs, with_gradients
+from helpers import PARAMETERS, assert_close, double, make_inputs, with_gradients
 
 from diffmf_ops import cross_merge, cross_scan, ss2d
 
@@ -56,9 +56,7 @@ def assert_matches_float64(tensors, **options):
     y, gradients = with_gradients(lambda *t: ss2d(*t, **options), tensors, seed)
     expected, expected_gradients = with_gradients(lambda *t: ss2d(*t, **options), double(tensors), seed)
     assert_close(y, expected, 1e-5, "y")
-    for name, found, wanted in zip(
-        ("x", "proj", "dt_weight", "dt_bias", "A", "D"), gradients, expected_gradients, strict=True
-    ):
+    for name, found, wanted in zip(("x", "proj", *PARAMETERS), gradients, expected_gradients, strict=True):
         assert_close(found, wanted, 1e-4, name)
 
 
