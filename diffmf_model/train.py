@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -160,7 +161,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=device.type == "cuda")
         self.averaged = None
         if settings.ema > 0:
-            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+            self.average = get_ema_multi_avg_fn(settings.ema)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=self.average)
         self.step, self.validations, self.best = 0, 0, None
         self.fitted_steps, self.timed_from = 0, 0.0
         self.started, self.rate = time.monotonic(), 0.0
@@ -209,31 +211,42 @@ class Trainer:
             disable=self.rank != 0,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         ) as progress:
-            stop, first = False, self.step
-            while self.step < self.total_steps and not stop:
-                epoch, start = divmod(self.step, len(self.batches))
-                progress.set_description(f"epoch {epoch + 1}/{self.config.train.epochs}", refresh=False)
-                self.batches.set_position(epoch, start)
-                self.crops.set_epoch(epoch)
-                for batch in self.loader:
-                    record, stop = self._train_step(batch)
-                    if self.config.train.fit_minutes and not self.fitted_steps:
-                        self._fit_steps(self.step - first)
-                        progress.total = self.total_steps
-                    self.rate = (self.step - first) * self.global_batch / (time.monotonic() - self.started)
-                    progress.set_postfix_str(f"loss {record['loss']:.4f}, {self.rate:.1f} images/s", refresh=False)
-                    stop = stop or self.step >= self.total_steps
-                    self._after_step(record, stop)
-                    progress.update()
-                    if stop:
-                        break
+            stop, first = self.step >= self.total_steps, self.step
+            batches = self._batches()
+            batch = next(batches)
+            while not stop:
+                values = self._start_step(batch)
+                following = next(batches)  # is loaded while the device is at work
+                record, stop = self._finish_step(values, batch["name"])
+                batch = following
+                if self.config.train.fit_minutes and not self.fitted_steps:
+                    self._fit_steps(self.step - first)
+                    progress.total = self.total_steps
+                self.rate = (self.step - first) * self.global_batch / (time.monotonic() - self.started)
+                progress.set_description(f"epoch {record['epoch']}/{self.config.train.epochs}", refresh=False)
+                progress.set_postfix_str(f"loss {record['loss']:.4f}, {self.rate:.1f} images/s", refresh=False)
+                stop = stop or self.step >= self.total_steps
+                self._after_step(record, stop)
+                progress.update()
         if self.rank == 0:
             left = f"; --resume continues towards {self.total_steps}" if self.step < self.total_steps else ""
             best = "" if self.best is None else f", best {self.config.train.best_by} {abs(self.best):.4f}"
             print(f"{self.folder}: step {self.step} of {self.total_steps}{best}{left}")
 
-    def _train_step(self, batch: dict) -> tuple[dict, bool]:
-        """One optimizer step. Returns the log record and whether the time is up, the same on every process."""
+    def _batches(self) -> Iterator[dict]:
+        """The batches from the next step on, epoch after epoch."""
+        epoch, start = divmod(self.step, len(self.batches))
+        while True:
+            self.batches.set_position(epoch, start)
+            self.crops.set_epoch(epoch)
+            yield from self.loader
+            epoch, start = epoch + 1, 0
+
+    def _start_step(self, batch: dict) -> torch.Tensor:
+        """One optimizer step, on a GPU only queued: total loss, its three parts, gradient norm, and 1 if time is up.
+
+        All are means over the processes.
+        """
         settings = self.config.train
         rate = learning_rate(settings, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -249,19 +262,28 @@ class Trainer:
         torch.manual_seed(int(stream[0]))
         values = self.gradients(*images)
         late = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
-        values = torch.cat([values, values.new_tensor([float(late)])])
+        values = torch.cat([values, values.new_full((1,), float(late))])
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
-        total, ssim, texture, intensity, norm, late = values.tolist()
-        if not math.isfinite(total + norm):
-            self._stop_diverged(total, norm, batch["name"])
+        # Before anyone looks at the loss: where it is not finite the run ends, and nothing of the step is saved.
         self.optimizer.step()
         if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+            if self.step == 0:
+                self.averaged.update_parameters(self.model)
+            else:  # what that does by now, but without waiting for the device to read a number of its own
+                self.average(list(self.averaged.parameters()), list(self.model.parameters()), None)
+        return values
+
+    def _finish_step(self, values: torch.Tensor, names: list[str]) -> tuple[dict, bool]:
+        """Returns the step's log record and whether the time is up, the same on every process."""
+        total, ssim, texture, intensity, norm, late = values.tolist()
+        if not math.isfinite(total + norm):
+            self._stop_diverged(total, norm, names)
         self.step += 1
         record = {"step": self.step, "epoch": (self.step - 1) // len(self.batches) + 1, "loss": total, "ssim": ssim}
-        record |= {"texture": texture, "intensity": intensity, "gradient_norm": norm, "lr": rate}
+        record |= {"texture": texture, "intensity": intensity, "gradient_norm": norm}
+        record["lr"] = self.optimizer.param_groups[0]["lr"]
         return record, late > 0
 
     def _gradients(self, ir: torch.Tensor, vi: torch.Tensor) -> torch.Tensor:

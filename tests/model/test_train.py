@@ -191,7 +191,7 @@ def test_a_fitted_schedule_ends_in_time_and_resumes_bit_for_bit(data, tmp_path, 
     monkeypatch.setattr(training, "WARM_STEPS", 2)
     monkeypatch.setattr(training, "TIMED_STEPS", 2)
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
-    step = training.Trainer._train_step
+    step = training.Trainer._start_step
 
     def timed_step(trainer, batch):
         clock[0] += 1.0
@@ -199,7 +199,7 @@ def test_a_fitted_schedule_ends_in_time_and_resumes_bit_for_bit(data, tmp_path, 
             raise KeyboardInterrupt
         return step(trainer, batch)
 
-    monkeypatch.setattr(training.Trainer, "_train_step", timed_step)
+    monkeypatch.setattr(training.Trainer, "_start_step", timed_step)
     more = ["train.epochs=40", "train.ema=0.8", "train.schedule=cosine", "train.fit_minutes=0.2"]
     clock, stop_at = [0.0], None
     assert cli.main(arguments(data, tmp_path / "whole", *more)) == 0
