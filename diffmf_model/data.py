@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import UserError
-from .images import EXTENSIONS, decode, list_images, luma, to_tensor
+from .images import EXTENSIONS, list_images, luma, read_image
 
 FOLDERS = {"infrared": ("ir", "infrared", "inf", "thermal"), "visible": ("vi", "vis", "visible", "rgb")}
 HOLD_OUT = 10  # one pair in this many validates where a data set has no splits folder
@@ -64,7 +65,7 @@ class PairDataset(Dataset):
     names: which pairs and in which order; None takes all, sorted.
     split: "train", "val" or "test" instead of names. Without a splits folder every HOLD_OUT-th pair is "val" and the
         rest is "train".
-    cache_bytes: decoded samples (before conversion to float) are kept up to this size, in each process.
+    cache_bytes: decoded planes are kept up to this size, in each process.
     Raises UserError for folders, names or splits that are not there, and, on access, for unreadable pictures and
     pairs of different sizes.
     """
@@ -88,7 +89,7 @@ class PairDataset(Dataset):
             if missing:
                 raise UserError(f"{self.root}: no pair named {listed(missing)}")
         self.pairs = [pairs[name] for name in (pairs if names is None else names)]
-        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._cache_room = cache_bytes
 
     def _split_names(self, split: str, names: list[str]) -> list[str]:
@@ -106,19 +107,21 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def samples(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The decoded pair, each (H, W, C) as `images.decode` gives it; not to be written to."""
+    def planes(self, index: int) -> tuple[Tensor, Tensor]:
+        """The infrared image and Y of the visible one, each (1, H, W); not to be written to."""
         if index in self._cache:
             return self._cache[index]
-        ir, vi = (decode(path) for path in self.pairs[index][1:])
-        check_same_size(*self.pairs[index][1:], ir.shape[:2], vi.shape[:2])
+        paths = self.pairs[index][1:]
+        ir, vi = (luma(read_image(path)) for path in paths)
+        check_same_size(*paths, ir.shape[1:], vi.shape[1:])
         if ir.nbytes + vi.nbytes <= self._cache_room:
             self._cache_room -= ir.nbytes + vi.nbytes
             self._cache[index] = ir, vi
         return ir, vi
 
     def __getitem__(self, index: int) -> dict:
-        return _item(self.pairs[index].name, *self.samples(index))
+        ir, vi = self.planes(index)
+        return {"name": self.pairs[index].name, "ir": ir.clone(), "vi_y": vi.clone()}
 
 
 class RandomCrops(Dataset):
@@ -146,17 +149,16 @@ class RandomCrops(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         random = np.random.default_rng((self.seed, int(self._epoch), index))
-        ir, vi = self.pairs.samples(index)
-        height, width = ir.shape[:2]
+        planes = self.pairs.planes(index)
+        height, width = planes[0].shape[1:]
         top, left = (int(random.integers(max(extent - self.size, 0) + 1)) for extent in (height, width))
         steps = [int(step) for step in random.choice((1, -1), 2)]
-        crops = []
-        for samples in (ir, vi):
-            crop = samples[top : top + self.size, left : left + self.size]
-            lack = [self.size - extent for extent in crop.shape[:2]]
-            crop = np.pad(crop, [(n // 2, n - n // 2) for n in lack] + [(0, 0)], mode="reflect") if any(lack) else crop
-            crops.append(crop[:: steps[0], :: steps[1]])
-        item = _item(self.pairs.pairs[index].name, *crops)
+        item = {"name": self.pairs.pairs[index].name}
+        for key, plane in zip(("ir", "vi_y"), planes, strict=True):
+            crop = plane.numpy()[0, top : top + self.size, left : left + self.size]
+            lack = [self.size - extent for extent in crop.shape]
+            crop = np.pad(crop, [(n // 2, n - n // 2) for n in lack], mode="reflect") if any(lack) else crop
+            item[key] = torch.from_numpy(crop[:: steps[0], :: steps[1]].copy())[None]
         if self.jitter:
             for key in ("ir", "vi_y"):
                 contrast = 1 - self.jitter * random.random()
@@ -172,10 +174,6 @@ def check_same_size(ir: object, vi: object, ir_size: tuple[int, ...], vi_size: t
     if tuple(ir_size) != tuple(vi_size):
         found = f"{ir} is {ir_size[1]}x{ir_size[0]}, {vi} is {vi_size[1]}x{vi_size[0]}"
         raise UserError(f"the images of a pair must have one size: {found}")
-
-
-def _item(name: str, ir: np.ndarray, vi: np.ndarray) -> dict:
-    return {"name": name, "ir": luma(to_tensor(ir)), "vi_y": luma(to_tensor(vi))}
 
 
 def _subfolder(root: Path, modality: str) -> Path:

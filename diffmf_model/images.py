@@ -72,8 +72,12 @@ def read_image(path: str | os.PathLike) -> torch.Tensor:
 def rgb_to_ycbcr(rgb: torch.Tensor) -> torch.Tensor:
     """(..., 3, H, W) RGB in [0, 1] -> full-range BT.601 Y, Cb, Cr in [0, 1] as in JPEG: grey has Cb = Cr = 0.5."""
     red, green, blue = rgb.unbind(-3)
-    y = 0.299 * red + 0.587 * green + 0.114 * blue
+    y = _y(red, green, blue)
     return torch.stack((y, 0.5 + (blue - y) / 1.772, 0.5 + (red - y) / 1.402), dim=-3)
+
+
+def _y(red: torch.Tensor, green: torch.Tensor, blue: torch.Tensor) -> torch.Tensor:
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def ycbcr_to_rgb(ycbcr: torch.Tensor) -> torch.Tensor:
@@ -87,7 +91,7 @@ def ycbcr_to_rgb(ycbcr: torch.Tensor) -> torch.Tensor:
 
 def luma(image: torch.Tensor) -> torch.Tensor:
     """The Y channel (1, H, W) of a picture (C, H, W), C = 1 … 4; alpha is ignored."""
-    return image[:1] if image.shape[0] < 3 else rgb_to_ycbcr(image[:3])[:1]
+    return image[:1] if image.shape[0] < 3 else _y(*image[:3])[None]
 
 
 def is_colour(image: torch.Tensor) -> bool:

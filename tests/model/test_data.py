@@ -150,7 +150,7 @@ def test_small_images_are_padded_by_reflection(tmp_path, pairs, size):
 
 def test_cache_is_bounded_and_does_not_change_items(pairs):
     root = pairs(["a", "b", "c"])
-    nbytes = 64 * 48 * 4
+    nbytes = 64 * 48 * 2 * 4
     cached, uncached = PairDataset(root, cache_bytes=2 * nbytes), PairDataset(root, cache_bytes=0)
     for _ in range(2):
         assert all(torch.equal(cached[i]["vi_y"], uncached[i]["vi_y"]) for i in range(3))
