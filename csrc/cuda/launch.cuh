@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -89,28 +90,29 @@ inline const Device& device_for(const void* kernel) {
   device.threads = attributes.maxThreadsPerBlock;
   check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number),
         "cudaDeviceGetAttribute");
-  // All that a block may have, whatever one layout needs: another layout of the same kernel may need more.
+  // All that a block may have, whatever one layout needs: another layout of the same kernel may need more. Or
+  // DIFFMF_SHARED_BYTES if that is less, to try what smaller devices have.
   check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number),
         "cudaDeviceGetAttribute");
+  if (const char* limit = std::getenv("DIFFMF_SHARED_BYTES"))
+    device.shared_bytes = std::min(device.shared_bytes, std::atoi(limit));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes),
         "cudaFuncSetAttribute");
   return device;
 }
 
-// Blocks of this kernel that the current device holds at once, asked once likewise.
+// Blocks of this kernel that the current device holds at once, asked once likewise; 0 where one does not fit.
 inline int resident_blocks(const void* kernel, const Layout& layout) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, size_t>, int> known;
   const Device& device = device_for(kernel);
+  if (layout.shared_bytes > static_cast<size_t>(device.shared_bytes)) return 0;
   const std::lock_guard<std::mutex> lock(mutex);
   int& blocks = known[{device.number, kernel, layout.threads, layout.shared_bytes}];
   if (blocks > 0) return blocks;
   int per_multiprocessor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, layout.threads, layout.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  if (per_multiprocessor < 1)
-    throw std::runtime_error("ss2d: a block needs " + std::to_string(layout.shared_bytes) +
-                             " bytes of shared memory, more than this device has");
   return blocks = device.multiprocessors * per_multiprocessor;
 }
 

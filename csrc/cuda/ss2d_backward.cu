@@ -13,7 +13,8 @@ const void* kernel_of(const SS2DProblem& problem, const Layout& layout) {
                                      : ss2d_backward_kernel_f16(problem, layout);
 }
 
-Layout layout_of(const SS2DProblem& problem) {
+// Blocks of at most `most_threads`.
+Layout layout_of(const SS2DProblem& problem, int most_threads) {
   const bool zoh = problem.discretization == Discretization::zoh;
   Layout layout;
   layout.states_per_thread = problem.states <= 1 && !zoh ? 1 : problem.states <= 128 ? 4 : 8;
@@ -22,7 +23,7 @@ Layout layout_of(const SS2DProblem& problem) {
   while (layout.states_per_thread * layout.state_lanes < problem.states) layout.state_lanes *= 2;
   // Whole warps, blocks of channels of equal size.
   const int64_t threads = ceil_div(problem.channels, layout.channels_per_thread) * layout.state_lanes;
-  const int64_t groups = ceil_div(threads, kMaxThreads);
+  const int64_t groups = ceil_div(threads, most_threads);
   layout.threads = static_cast<int>(ceil_div(ceil_div(threads, groups), 32) * 32);
   layout.block_channels = layout.threads / layout.state_lanes * layout.channels_per_thread;
   layout.groups = static_cast<int>(ceil_div(problem.channels, layout.block_channels));
@@ -160,9 +161,22 @@ BackwardPlan plan_with(const SS2DProblem& problem, const Layout& layout, int64_t
 constexpr size_t kFloatsForCopies = size_t{16} << 20;
 
 BackwardPlan plan_of(const SS2DProblem& problem, BackwardParams& params) {
-  Layout layout = layout_of(problem);
+  // High ranks and many states take so much shared memory that smaller blocks fill the device better, by half at least,
+  // or are all that fits.
+  Layout layout;
+  int resident = 0;
+  for (int most_threads = kMaxThreads; most_threads >= 32; most_threads /= 2) {
+    Layout smaller = layout_of(problem, most_threads);
+    lay_out(problem, smaller, params);
+    const int blocks = resident_blocks(kernel_of(problem, smaller), smaller);
+    if (resident > 0 && 2 * blocks * smaller.threads < 3 * resident * layout.threads) continue;
+    layout = smaller;
+    resident = blocks;
+  }
+  if (resident == 0)
+    throw std::runtime_error("ss2d: a block needs " + std::to_string(layout.shared_bytes) +
+                             " bytes of shared memory, more than this device has");
   lay_out(problem, layout, params);
-  const int resident = resident_blocks(kernel_of(problem, layout), layout);
   const BackwardPlan simple = plan_with(problem, layout, resident, 1, false);
   BackwardPlan best = simple;
   for (int all_paths = 0; all_paths < (problem.paths > 1 ? 2 : 1); ++all_paths) {
