@@ -2,7 +2,7 @@
 
 Everything random is a function of the seed and the step (batch order, crops, stochastic depth), so a run that was
 stopped or killed at any moment continues from its last saved state with the same losses, bit for bit on the CPU. On
-one GPU a step's forward pass, loss, backward pass and clipping are replayed as one CUDA graph (without train.compile).
+GPUs a step's forward pass, loss and backward pass are replayed as one CUDA graph (without train.compile).
 
 A run folder holds last.safetensors and best.safetensors (model files; the averaged weights where train.ema is set),
 state.safetensors (what --resume continues from), log.jsonl (one line per step), validation.jsonl, run.json (settings,
@@ -25,7 +25,6 @@ from typing import Self
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
@@ -153,9 +152,7 @@ class Trainer:
         self.total_steps = len(self.batches) * settings.epochs
         torch.manual_seed(settings.seed)
         self.model = DIFFMF(config.model).to(device)
-        self.network = DistributedDataParallel(self.model) if world > 1 else self.model
-        if settings.compile:
-            self.network = torch.compile(self.network)
+        self.network = torch.compile(self.model) if settings.compile else self.model
         self.loss = FusionLoss(config.loss)
         self.gradients = None  # `_gradients` or its graph, from the first step on
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=device.type == "cuda")
@@ -253,14 +250,17 @@ class Trainer:
             group["lr"] = rate
         images = [batch[key].to(self.device, non_blocking=True) for key in ("ir", "vi_y")]
         if self.gradients is None:
-            # One process on a GPU replays a graph: the step is thousands of launches. DDP's hooks and torch.compile's
-            # code are left out of it.
-            graph = self.device.type == "cuda" and self.network is self.model
+            # On a GPU a graph is replayed: the step is thousands of launches. torch.compile's code is left out of it.
+            graph = self.device.type == "cuda" and not settings.compile
             self.gradients = captured(self._gradients, *images) if graph else self._gradients
         # Stochastic depth draws from a stream of this step's own.
         stream = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(stream[0]))
-        values = self.gradients(*images)
+        values, gradient = self.gradients(*images)
+        if gradient is not None:
+            dist.all_reduce(gradient)
+            gradient /= self.world
+            values[-1] = self._clip()
         late = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
         values = torch.cat([values, values.new_full((1,), float(late))])
         if self.world > 1:
@@ -286,17 +286,32 @@ class Trainer:
         record["lr"] = self.optimizer.param_groups[0]["lr"]
         return record, late > 0
 
-    def _gradients(self, ir: torch.Tensor, vi: torch.Tensor) -> torch.Tensor:
-        """Leaves a batch's clipped gradients in the parameters: total loss, its three parts, and the gradient norm."""
+    def _gradients(self, ir: torch.Tensor, vi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Leaves a batch's clipped gradients in the parameters: total loss, its three parts, and the gradient norm.
+
+        Of several processes the gradients are one vector, returned too, that is still to be averaged and clipped:
+        one message, as the network is small.
+        """
         self.network.train()
         self.optimizer.zero_grad()
         with self._autocast():
             fused = self.network(ir, vi)
         parts = self.loss(fused, ir, vi)
         parts["total"].backward()
-        limit = self.config.train.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return torch.stack([*(value.detach() for value in parts.values()), norm])
+        gradient, norm = None, parts["total"].new_zeros(())
+        if self.world > 1:
+            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+            pieces = gradient.split([parameter.numel() for parameter in parameters])
+            for parameter, piece in zip(parameters, pieces, strict=True):
+                parameter.grad = piece.view_as(parameter)
+        else:
+            norm = self._clip()
+        return torch.stack([*(value.detach() for value in parts.values()), norm]), gradient
+
+    def _clip(self) -> torch.Tensor:
+        """Scales the gradients down to train.clip_norm; returns their norm before."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm or math.inf)
 
     def _fit_steps(self, done: int) -> None:
         """Ends the schedule within train.fit_minutes, from the time of the steps that this process has done so far.
