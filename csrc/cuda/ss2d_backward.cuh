@@ -251,11 +251,7 @@ __device__ inline const Walk& begin_walk(const BackwardParams& p, const Place& p
   if (threadIdx.x == 0) *walk = Walk(p, track, chunk, part, stage, tile_of(kReads));
   if (track.first_d + p.block_channels > p.channels) {  // zeros for channels that do not exist, as past the end
     const int bytes = (p.half ? 1 : 2) * tile_of(kReads) * p.single * p.element();
-    auto clear = [&](int at) {
-#pragma unroll 1
-      for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
-        *reinterpret_cast<float4*>(place.shared + at + i) = make_float4(0.f, 0.f, 0.f, 0.f);
-    };
+    auto clear = [&](int at) { clear_shared(place.shared + at, bytes, threadIdx.x, blockDim.x); };
     clear(stage.dy_at);
     if constexpr (kReads == Reads::all) clear(stage.x_at);
     if (p.rank == 0) clear(stage.delta_at);
@@ -578,12 +574,12 @@ __device__ inline Tile prepare_tile(const BackwardParams& p, const Place& place,
 // Of a thread's channels: a, and what zero-order hold needs of it.
 template <int NS, int CH, bool kSharedDecay, bool kZoh>
 struct Decays {
+  static_assert(!(kSharedDecay && kZoh), "with zero-order hold every state has a decay");
   static constexpr int kCount = kSharedDecay ? 1 : NS;
-  static constexpr bool kInverse = kZoh && !kSharedDecay;
-  float a[CH][kCount], inverse[CH][kInverse ? kCount : 1];
+  float a[CH][kCount], inverse[CH][kZoh ? kCount : 1];
   __device__ Decays(const BackwardParams& p, const Place& place, const Track& track) {
     load_decays<NS, CH, kSharedDecay>(p, track, track.first_d + place.c, place.lane, a);
-    if constexpr (kInverse) invert_decays(a, inverse);
+    if constexpr (kZoh) invert_decays(a, inverse);
   }
 };
 
@@ -728,10 +724,7 @@ __device__ inline void sum_batch(const BackwardParams& p, const float* scratch, 
 
 // Two neighbouring elements of an output of a 16-bit type, at an even element.
 __device__ inline void store_pair(void* to, int64_t i, float2 v, DType dtype) {
-  const __nv_bfloat162 bf16 = __floats2bfloat162_rn(v.x, v.y);
-  const __half2 f16 = __floats2half2_rn(v.x, v.y);
-  *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + i) =
-      dtype == DType::bf16 ? *reinterpret_cast<const uint32_t*>(&bf16) : *reinterpret_cast<const uint32_t*>(&f16);
+  *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + i) = encode_two(v, dtype);
 }
 
 // The quads of a walk's rows of dproj.
@@ -821,9 +814,12 @@ __device__ inline void clear_unread(const BackwardParams& p) {
     const int64_t at = row * p.row() + p.rank;
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < 2 * p.states; i += 32) {
-      if (p.splits == 1) store_as(p.dproj, at + i, 0.f, p);
+      if (p.splits == 1) {
+        store_as(p.dproj, at + i, 0.f, p);
+        continue;
+      }
 #pragma unroll 1
-      for (int split = 0; p.splits > 1 && split < p.splits; ++split) p.dproj_sum[split * p.dproj_copy + at + i] = 0.f;
+      for (int split = 0; split < p.splits; ++split) p.dproj_sum[split * p.dproj_copy + at + i] = 0.f;
     }
   }
 }
@@ -870,14 +866,8 @@ __device__ inline void write_dx(const BackwardParams& p, const Walk& walk, int c
 
 // The derivative of softplus where it is `step`: 1 - e^-step, by its Taylor series where the difference would cancel.
 __device__ inline float slope_of(float step) {
-  float p = 1.f / 5040.f;
-  p = fmaf(p, -step, 1.f / 720.f);
-  p = fmaf(p, -step, 1.f / 120.f);
-  p = fmaf(p, -step, 1.f / 24.f);
-  p = fmaf(p, -step, 1.f / 6.f);
-  p = fmaf(p, -step, 0.5f);
-  p = fmaf(p, -step, 1.f);
-  return step < 0.5f ? step * p : 1.f - exp2_fast(-step * kLog2e);
+  const float near = step * polynomial(-step, 1.f, 0.5f, 1.f / 6.f, 1.f / 24.f, 1.f / 120.f, 1.f / 720.f, 1.f / 5040.f);
+  return step < 0.5f ? near : 1.f - exp2_fast(-step * kLog2e);
 }
 
 // The sums over the states of a token's channels, d step through the decay over ln 2 and dh * B (zoh: d step in full
@@ -991,8 +981,9 @@ __device__ inline void finish_tokens(const BackwardParams& p, const Place& place
       if (p.ddelta != nullptr)
         store_as(p.ddelta, at_pixel(walk.ddelta + place.c + c, at[0], walk.ddelta_pixel), values[0], p);
       if (!together) {
-        float one[1][1] = {{values[CH]}};
-        if (reads_dx) one[0][0] += __ldcg(p.dx_sum + at_pixel(walk.dx + place.c + c, at[0], walk.dx_pixel));
+        float one[1][1] = {};
+        if (reads_dx) read_dx<1>(p, at_pixel(walk.dx + place.c + c, at[0], walk.dx_pixel), one[0]);
+        one[0][0] += values[CH];
         write_dx<1, 1, kHalf>(p, walk, place.c + c, at, one);
       }
     }
@@ -1404,7 +1395,7 @@ __device__ void walk_back(const BackwardParams& p, const Place& place, const Wal
     if (!more) break;
     visit = next;
   }
-  if constexpr (kZoh && !kSharedDecay) {
+  if constexpr (kZoh) {
 #pragma unroll
     for (int c = 0; c < CH; ++c)
 #pragma unroll
@@ -1492,8 +1483,7 @@ __device__ inline void add_copies(const BackwardParams& p, void* to, const float
     }
     if (p.half) {
       static_cast<uint2*>(to)[i] =
-          make_uint2(encode(sum.x, p.dtype) | static_cast<uint32_t>(encode(sum.y, p.dtype)) << 16,
-                     encode(sum.z, p.dtype) | static_cast<uint32_t>(encode(sum.w, p.dtype)) << 16);
+          make_uint2(encode_two(make_float2(sum.x, sum.y), p.dtype), encode_two(make_float2(sum.z, sum.w), p.dtype));
     } else {
       static_cast<float4*>(to)[i] = sum;
     }
@@ -1518,7 +1508,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks(NS))
   // Zeros where staged rows are padded: B and C of states that do not exist.
   auto clear = [&] {
     __syncthreads();
-    for (int i = threadIdx.x; i < p.history_at / 16; i += blockDim.x) shared_base[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    clear_shared(place.shared, p.history_at, threadIdx.x, blockDim.x);
     __syncthreads();
   };
   clear();

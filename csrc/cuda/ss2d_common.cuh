@@ -86,6 +86,16 @@ __device__ inline float decode(uint16_t bits, DType dtype) {
 __device__ inline uint16_t encode(float v, DType dtype) {
   return dtype == DType::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
 }
+// Two neighbouring ones, the first in the low bits. Both types' conversions are computed and one selected.
+__device__ inline float2 decode_two(uint32_t bits, DType dtype) {
+  const float2 half = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+  return dtype == DType::bf16 ? make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)) : half;
+}
+__device__ inline uint32_t encode_two(float2 v, DType dtype) {
+  const __nv_bfloat162 bf16 = __floats2bfloat162_rn(v.x, v.y);
+  const __half2 half = __floats2half2_rn(v.x, v.y);
+  return dtype == DType::bf16 ? *reinterpret_cast<const uint32_t*>(&bf16) : *reinterpret_cast<const uint32_t*>(&half);
+}
 // Element i of an output of type dtype.
 __device__ inline void store_as(void* to, int64_t i, float v, const Params& p) {
   if (p.half) {
@@ -102,19 +112,18 @@ __device__ inline float exp2_fast(float v) {
   return r;
 }
 
+// c0 + c1 v + c2 v^2 + ..., by Horner's rule.
+__device__ inline float polynomial(float, float c0) { return c0; }
+template <typename... Floats>
+__device__ inline float polynomial(float v, float c0, Floats... higher) {
+  return fmaf(polynomial(v, higher...), v, c0);
+}
+
 // log(1 + e^raw) = max(raw, 0) + log1p(e), e = e^-|raw|, with log1p(e) = e * P(e), P of degree 8 fitted on [0, 1] to
 // 3e-8. So the result keeps its relative accuracy for very negative raw, where the usual lg2(1 + e) has none.
 __device__ inline float softplus(float raw, float e) {
-  float p = 0.0052326247f;
-  p = fmaf(p, e, -0.02950496f);
-  p = fmaf(p, e, 0.0782255f);
-  p = fmaf(p, e, -0.13663207f);
-  p = fmaf(p, e, 0.19105989f);
-  p = fmaf(p, e, -0.24842978f);
-  p = fmaf(p, e, 0.33319095f);
-  p = fmaf(p, e, -0.49999493f);
-  p = fmaf(p, e, 1.f);
-  return fmaf(p, e, fmaxf(raw, 0.f));
+  return polynomial(e, fmaxf(raw, 0.f), 1.f, -0.49999493f, 0.33319095f, -0.24842978f, 0.19105989f, -0.13663207f,
+                    0.0782255f, -0.02950496f, 0.0052326247f);
 }
 __device__ inline float softplus(float raw) { return softplus(raw, exp2_fast(-fabsf(raw) * kLog2e)); }
 
@@ -130,24 +139,14 @@ __device__ inline float reciprocal(float v) {  // relative error 2^-23
 // - 1) / z fitted on |z| < 1/2 to 1.5e-7.
 constexpr float kZohNear = 0.5f * kLog2e;
 __device__ inline float zoh_weight(float sigma, float v, float decay, float inverse) {
-  float p = 2.2371874e-4f;
-  p = fmaf(p, v, 1.9408683e-3f);
-  p = fmaf(p, v, 1.3875736e-2f);
-  p = fmaf(p, v, 8.0072135e-2f);
-  p = fmaf(p, v, 0.34657359f);
-  p = fmaf(p, v, 1.f);
-  return fabsf(v) < kZohNear ? sigma * p : fmaf(decay, inverse, -inverse);
+  const float near = polynomial(v, 1.f, 0.34657359f, 8.0072135e-2f, 1.3875736e-2f, 1.9408683e-3f, 2.2371874e-4f);
+  return fabsf(v) < kZohNear ? sigma * near : fmaf(decay, inverse, -inverse);
 }
 // (ln 2)^2 * d bbar / dA = (sigma * e^z - ln 2 * bbar) / a, likewise, to 2.8e-7. With it, ln 2 * bbar = sigma * e^z - a
 // times this, and nothing cancels there.
 __device__ inline float zoh_slope(float sigma, float v, float decay, float inverse) {
-  float p = 1.9180641e-4f;
-  p = fmaf(p, v, 1.6181103e-3f);
-  p = fmaf(p, v, 1.1100562e-2f);
-  p = fmaf(p, v, 6.005368e-2f);
-  p = fmaf(p, v, 0.23104906f);
-  p = fmaf(p, v, 0.5f);
-  return fabsf(v) < kZohNear ? sigma * sigma * p : fmaf(sigma, decay, -fmaf(decay, inverse, -inverse)) * inverse;
+  const float near = polynomial(v, 0.5f, 0.23104906f, 6.005368e-2f, 1.1100562e-2f, 1.6181103e-3f, 1.9180641e-4f);
+  return fabsf(v) < kZohNear ? sigma * sigma * near : fmaf(sigma, decay, -fmaf(decay, inverse, -inverse)) * inverse;
 }
 // 1 / a of a thread's decays, for zero-order hold.
 template <int kDecays, int CH>
@@ -207,6 +206,13 @@ __device__ inline int opaque(int v) {
   return v;
 }
 
+// Zeros in `bytes` of shared memory, a multiple of 16; one of `threads` threads' share.
+__device__ inline void clear_shared(char* from, int bytes, int thread, int threads) {
+#pragma unroll 1
+  for (int i = thread * 16; i < bytes; i += threads * 16)
+    *reinterpret_cast<float4*>(from + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 template <int kBytes>
 __device__ inline void copy_async(uint32_t to, const char* from) {
@@ -246,19 +252,15 @@ __device__ inline void add_at(float* to, const float (&v)[CH]) {
 // Four staged 16-bit values as float.
 __device__ inline float4 decode_quad(const void* from, DType dtype) {
   const uint2 raw = *static_cast<const uint2*>(from);
-  if (dtype == DType::bf16)
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
-                       __uint_as_float(raw.y & 0xffff0000u));
-  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+  const float2 low = decode_two(raw.x, dtype), high = decode_two(raw.y, dtype);
   return make_float4(low.x, low.y, high.x, high.y);
 }
 
 // B and C of one state staged in 16 bits, as the padded row [B, 0, 0, 0 | C, 0, 0, 0].
 __device__ inline void decode_pair(const void* from, float* to, DType dtype) {
-  const uint32_t pair = *static_cast<const uint32_t*>(from);
-  reinterpret_cast<float4*>(to)[0] = make_float4(decode(static_cast<uint16_t>(pair), dtype), 0.f, 0.f, 0.f);
-  reinterpret_cast<float4*>(to)[1] = make_float4(decode(static_cast<uint16_t>(pair >> 16), dtype), 0.f, 0.f, 0.f);
+  const float2 pair = decode_two(*static_cast<const uint32_t*>(from), dtype);
+  reinterpret_cast<float4*>(to)[0] = make_float4(pair.x, 0.f, 0.f, 0.f);
+  reinterpret_cast<float4*>(to)[1] = make_float4(pair.y, 0.f, 0.f, 0.f);
 }
 
 // CH neighbouring values of a staged row of activations, as float. `at` counts elements, a multiple of CH.
@@ -277,10 +279,9 @@ __device__ inline void read_activation(const Params& p, const char* row, int at,
   } else {
     const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + at;
     if constexpr (CH == 2) {
-      const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
-      const float2 half = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-      v[0] = p.dtype == DType::bf16 ? __uint_as_float(pair << 16) : half.x;
-      v[1] = p.dtype == DType::bf16 ? __uint_as_float(pair & 0xffff0000u) : half.y;
+      const float2 pair = decode_two(*reinterpret_cast<const uint32_t*>(from), p.dtype);
+      v[0] = pair.x;
+      v[1] = pair.y;
     } else {
       v[0] = decode(from[0], p.dtype);
     }

@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(32 * Scan::kWarps, 1) ss2d_forward_kernel(cons
 
   // Zeros where staged rows are padded: B and C of states that do not exist.
   auto clear = [&] {
-    for (int i = in_warp * 16; i < p.warp_bytes; i += 32 * 16)
-      *reinterpret_cast<float4*>(seat.shared + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+    clear_shared(seat.shared, p.warp_bytes, in_warp, 32);
     __syncwarp();
   };
   clear();
