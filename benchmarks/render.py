@@ -152,6 +152,26 @@ def model_table(results: dict) -> str:
     return table(header, lines)
 
 
+SHOWN = (("fuse", "512x512"), ("fuse", "768x1024"), ("train", "4x128x128"))
+
+
+def network_table(names: list[str]) -> str:
+    """The networks of these results, each as one CUDA graph, and on VMamba's kernels as one."""
+    networks = {NETWORKS[name]: load(name) for name in names}
+    header = ["network", "task", "size", "fp32, ms", "bf16, ms", "on VMamba's kernels, fp32 / bf16"]
+    lines = []
+    for name, results in networks.items():
+        keys = ("task", "size", "precision", "mode")
+        rows = {tuple(row[key] for key in keys): row for row in results["rows"] if "ms" in row}
+        for task, size in SHOWN:
+            times = [rows[task, size, precision, "graph"]["ms"] for precision in ("fp32", "bf16")]
+            peers = [rows[task, size, precision, "vmamba-graph"]["ms"] for precision in ("fp32", "bf16")]
+            longer = pair(peer["median"] / ours["median"] for peer, ours in zip(peers, times, strict=True))
+            lines.append([name, task, size.replace("x", "×"), *map(spread, times), longer])
+    origins = "; ".join(f"{name}: {where(results['environment'])}" for name, results in networks.items())
+    return f"{table(header, lines)}\n\nms, median (range), of one CUDA graph; 4×128×128 is four crops. {origins}."
+
+
 def plot_modules(results: dict, path: Path) -> None:
     """Where a fused pair's time goes: parts of the network, and kinds of module (each without what it contains)."""
     from matplotlib import pyplot
@@ -282,7 +302,12 @@ def write_report(docs: Path) -> None:
 def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text()
-    for name, content in (("cuda", speed_table(load("ss2d_cuda"))), ("cpu", cpu_table(load("ss2d_cpu")))):
+    tables = {
+        "cuda": speed_table(load("ss2d_cuda")),
+        "cpu": cpu_table(load("ss2d_cpu")),
+        "network": network_table(["model_cuda", "model_small_cuda"]),
+    }
+    for name, content in tables.items():
         begin, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
         head, rest = text.split(begin)
         text = head + begin + content + "\n" + end + rest.split(end)[1]

@@ -41,6 +41,7 @@ def test_the_readme_is_what_render_writes(render):
     text = (ROOT / "README.md").read_text()
     assert render.speed_table(render.load("ss2d_cuda")) in text
     assert render.cpu_table(render.load("ss2d_cpu")) in text
+    assert render.network_table(["model_cuda", "model_small_cuda"]) in text
 
 
 def test_tables_and_plots_of_results_with_peers(render, tmp_path, monkeypatch):
