@@ -6,12 +6,17 @@ Every error is a UserError that names the key, what was found and what was expec
 from __future__ import annotations
 
 import argparse
-import tomllib
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 BUNDLED = Path(__file__).parent / "configs"
 

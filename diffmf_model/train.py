@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -166,7 +165,7 @@ class Trainer:
         self.record = {"data": str(data), "environment": environment(device.type), "processes": world}
         self.files = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Trainer:
         self.log, self.validation_log, self.board = None, None, None
         if self.rank == 0:
             # One line per step and per validation: what a killed run wrote past its last saved state goes.
