@@ -130,24 +130,28 @@ def cpu_table(results: dict) -> str:
     return f"{table(header, lines)}\n\nms, median (range); {where(results['environment'])}."
 
 
+def rows_of(results: dict) -> dict[tuple, dict]:
+    """The measured rows of a network by task, size, precision and mode."""
+    keys = ("task", "size", "precision", "mode")
+    return {tuple(row[key] for key in keys): row for row in results["rows"] if "ms" in row}
+
+
 def model_table(results: dict) -> str:
     """Fusing and training of the whole network; on VMamba's kernels beside the same mode on ours."""
     header = ["task", "size", "precision", "mode", "ms", "images a second", "peak MiB", "times as long"]
-    keys = ("task", "size", "precision", "mode")
-    times = {tuple(row[key] for key in keys): row["ms"]["median"] for row in results["rows"] if "ms" in row}
+    rows = rows_of(results)
 
     def longer(row):
         ours = {"vmamba": "eager", "vmamba-graph": "graph", "reference": "eager"}.get(row["mode"])
-        ours = times.get((row["task"], row["size"], row["precision"], ours))
-        return f"{row['ms']['median'] / ours:.1f}×" if ours else ""
+        ours = rows.get((row["task"], row["size"], row["precision"], ours))
+        return f"{row['ms']['median'] / ours['ms']['median']:.1f}×" if ours else ""
 
     lines = [
         [
             *(row["task"], row["size"].replace("x", "×"), row["precision"], row["mode"], spread(row["ms"])),
             *(f"{row['images_per_second']:.1f}", f"{row['peak_mib']:.0f}" if "peak_mib" in row else "–", longer(row)),
         ]
-        for row in results["rows"]
-        if "ms" in row
+        for row in rows.values()
     ]
     return table(header, lines)
 
@@ -161,8 +165,7 @@ def network_table(names: list[str]) -> str:
     header = ["network", "task", "size", "fp32, ms", "bf16, ms", "on VMamba's kernels, fp32 / bf16"]
     lines = []
     for name, results in networks.items():
-        keys = ("task", "size", "precision", "mode")
-        rows = {tuple(row[key] for key in keys): row for row in results["rows"] if "ms" in row}
+        rows = rows_of(results)
         for task, size in SHOWN:
             times = [rows[task, size, precision, "graph"]["ms"] for precision in ("fp32", "bf16")]
             peers = [rows[task, size, precision, "vmamba-graph"]["ms"] for precision in ("fp32", "bf16")]

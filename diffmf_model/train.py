@@ -157,8 +157,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=device.type == "cuda")
         self.averaged = None
         if settings.ema > 0:
-            self.average = get_ema_multi_avg_fn(settings.ema)
-            self.averaged = AveragedModel(self.model, multi_avg_fn=self.average)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self.step, self.validations, self.best = 0, 0, None
         self.fitted_steps, self.timed_from = 0, 0.0
         self.started, self.rate = time.monotonic(), 0.0
@@ -207,12 +206,12 @@ class Trainer:
             disable=self.rank != 0,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         ) as progress:
-            stop, first = self.step >= self.total_steps, self.step
+            stop, first = False, self.step
             batches = self._batches()
-            batch = next(batches)
-            while not stop:
+            batch = next(batches, None)
+            while batch is not None and not stop:
                 values = self._start_step(batch)
-                following = next(batches)  # is loaded while the device is at work
+                following = next(batches, None)  # is loaded while the device is at work
                 record, stop = self._finish_step(values, batch["name"])
                 batch = following
                 if self.config.train.fit_minutes and not self.fitted_steps:
@@ -230,13 +229,17 @@ class Trainer:
             print(f"{self.folder}: step {self.step} of {self.total_steps}{best}{left}")
 
     def _batches(self) -> Iterator[dict]:
-        """The batches from the next step on, epoch after epoch."""
-        epoch, start = divmod(self.step, len(self.batches))
-        while True:
+        """The batches of the steps that are left, epoch after epoch."""
+        step = self.step
+        while step < self.total_steps:
+            epoch, start = divmod(step, len(self.batches))
             self.batches.set_position(epoch, start)
             self.crops.set_epoch(epoch)
-            yield from self.loader
-            epoch, start = epoch + 1, 0
+            for batch in self.loader:
+                yield batch
+                step += 1
+                if step >= self.total_steps:
+                    return
 
     def _start_step(self, batch: dict) -> torch.Tensor:
         """One optimizer step, on a GPU only queued: total loss, its three parts, gradient norm, and 1 if time is up.
@@ -271,7 +274,8 @@ class Trainer:
             if self.step == 0:
                 self.averaged.update_parameters(self.model)
             else:  # what that does by now, but without waiting for the device to read a number of its own
-                self.average(list(self.averaged.parameters()), list(self.model.parameters()), None)
+                averages, values_now = (list(module.parameters()) for module in (self.averaged, self.model))
+                self.averaged.multi_avg_fn(averages, values_now, None)
         return values
 
     def _finish_step(self, values: torch.Tensor, names: list[str]) -> tuple[dict, bool]:

@@ -4,6 +4,10 @@ import torch
 from hypothesis import strategies as st
 
 PARAMETERS = ("dt_weight", "dt_bias", "A", "D")
+# Of ss2d.
+# Largest errors over 300 drawn problems each on the CPU, forward and worst gradient: float32 2.9e-7 and 2.1e-6;
+# bfloat16 2.4e-3 and 2.6e-3; float16 3.6e-4 and 3.3e-4. On a GPU only held to the bounds, not recorded.
+SS2D_TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 2e-2), torch.float16: (5e-3, 5e-3)}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
