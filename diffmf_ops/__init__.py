@@ -5,6 +5,7 @@ from .cross_scan import cross_merge, cross_scan
 from .depthwise_conv_silu import depthwise_conv_silu
 from .modules import SS2D, VSSBlock
 from .norm_gate import norm_gate
+from .replace_ss2d import replace_ss2d
 from .selective_scan import selective_scan
 from .ss2d import ss2d
 
@@ -17,6 +18,7 @@ __all__ = [
     "has_cuda",
     "import_error",
     "norm_gate",
+    "replace_ss2d",
     "selective_scan",
     "ss2d",
 ]

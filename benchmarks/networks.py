@@ -1,0 +1,132 @@
+"""Times other people's networks with their own SS2D layer and with ours (`replace_ss2d`).
+
+Their repositories have to be importable, and what they import: mamba_ssm, timm, for MambaIR basicsr. Random weights.
+infer: the network alone, in inference mode. train: forward and backward, without a loss and an optimizer. As users run
+them, launch by launch; both in turn, in one process.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffmf_model.timing import alternate, peak_extra_mib, write_results
+from diffmf_ops import replace_ss2d
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Network:
+    title: str
+    module: str
+    build: Callable[..., nn.Module]  # from the module
+    infer: tuple[int, ...]  # of one picture
+    train: tuple[int, ...]  # as in the repository's own settings for training
+
+
+NETWORKS = {
+    "mambair-light": Network(
+        "MambaIR, light, ×2",
+        "basicsr.archs.mambair_arch",
+        lambda m: m.MambaIR(
+            embed_dim=60, d_state=10, depths=(6,) * 4, mlp_ratio=1.2, upscale=2, upsampler="pixelshuffledirect"
+        ),
+        (1, 3, 256, 256),
+        (16, 3, 64, 64),
+    ),
+    "mambair": Network(
+        "MambaIR, ×2",
+        "basicsr.archs.mambair_arch",
+        lambda m: m.MambaIR(
+            embed_dim=180, d_state=16, depths=(6,) * 6, mlp_ratio=2.0, upscale=2, upsampler="pixelshuffle"
+        ),
+        (1, 3, 256, 256),
+        (4, 3, 64, 64),
+    ),
+    "vm-unet": Network(
+        "VM-UNet",
+        "models.vmunet.vmamba",
+        lambda m: m.VSSM(num_classes=1, depths=[2, 2, 2, 2], depths_decoder=[2, 2, 2, 1], drop_path_rate=0.2),
+        (1, 3, 256, 256),
+        (32, 3, 256, 256),
+    ),
+}
+
+
+def infer(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callable[[], torch.Tensor]:
+    @torch.inference_mode()
+    def call():
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            return network(pictures)
+
+    return call
+
+
+def train(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callable[[], None]:
+    def call():
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            loss = network(pictures).float().square().mean()
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+
+    return call
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).double().norm() / expected.double().norm()).item()
+
+
+def measure(name: str, repeats: int) -> list[dict]:
+    """A row for every task and precision."""
+    spec = NETWORKS[name]
+    module = import_module(spec.module)
+    torch.manual_seed(0)
+    theirs = spec.build(module).cuda()
+    ours = copy.deepcopy(theirs)
+    layers = replace_ss2d(ours, module.SS2D)
+    rows = []
+    for task, shape, make in (("infer", spec.infer, infer), ("train", spec.train, train)):
+        pictures = torch.rand(shape, device="cuda")
+        for precision in PRECISIONS:
+            calls = {
+                which: make(network.train(task == "train"), pictures, precision)
+                for which, network in (("theirs", theirs), ("ours", ours))
+            }
+            times = alternate(calls, "cuda", repeats=repeats, seconds=10)
+            row = {"network": name, "title": spec.title, "layers": layers, "task": task, "precision": precision}
+            row |= {"shape": "×".join(map(str, shape)), "ms": times}
+            row["peak_mib"] = {which: peak_extra_mib(call) for which, call in calls.items()}
+            if task == "infer":
+                row["difference"] = relative_difference(calls["ours"](), calls["theirs"]())
+            rows.append(row)
+            ratio = times["theirs"]["median"] / times["ours"]["median"]
+            print(f"{spec.title:20}{task:6}{row['shape']:>12} {precision}", end=" ")
+            print(f"{times['ours']['median']:8.2f} ms, theirs {ratio:.2f} times as long", row["peak_mib"], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="for networks_cuda.json"
+    )
+    args = parser.parse_args()
+    if unknown := set(args.network) - set(NETWORKS):
+        parser.error(f"NETWORK: expected {', '.join(NETWORKS)}, found {', '.join(sorted(unknown))}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in args.network or NETWORKS:
+        rows += measure(name, args.repeats)
+        write_results("networks_cuda", "cuda", args.output, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
