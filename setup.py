@@ -1,7 +1,7 @@
 """Builds diffmf_ops._C with CMake and Ninja. Needs a C++17 compiler; neither torch nor a GPU.
 
 DIFFMF_CUDA=on|off|auto   build the CUDA kernels (default auto: when nvcc is found)
-DIFFMF_CUDA_ARCHS=80-real;90   architectures to build them for
+DIFFMF_CUDA_ARCHS=80-real;90   architectures to build them for (default: of this machine's GPUs, or these without one)
 """
 
 import os

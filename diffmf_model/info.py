@@ -38,7 +38,10 @@ def _backends() -> list[tuple[str, str]]:
     if backend.import_error is not None:
         error = backend.import_error
         return [("kernels", f"the compiled module failed to load: {type(error).__name__}: {error}")]
-    return [("kernels", "C++ and CUDA" if backend.has_cuda() else "C++ (built without CUDA)")]
+    if not backend.has_cuda():
+        return [("kernels", "C++ (built without CUDA)")]
+    module = backend.module()
+    return [("kernels", f"C++ and CUDA, by nvcc {module.cuda_version} for {module.cuda_archs}")]
 
 
 def _devices() -> list[tuple[str, str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 
@@ -36,6 +38,34 @@ def check_device(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: on {tensor.device}, expected a cpu or cuda tensor")
 
 
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures ("80-real 90": binaries of 8.0 and 9.0, and PTX of 9.0) runs on a GPU.
+
+    A binary does on GPUs of its own major version from its minor version on, PTX on all from its version on.
+    """
+    for arch in archs.split():
+        match = re.fullmatch(r"(\d+)[a-z]?(-\w+)?", arch)
+        if match is None:  # CMake's "native", "all" or "all-major"
+            return True
+        (major, minor), kind = divmod(int(match[1]), 10), match[2]
+        if kind != "-virtual" and major == capability[0] and minor <= capability[1]:
+            return True
+        if kind != "-real" and (major, minor) <= capability:
+            return True
+    return False
+
+
+@cache
+def _check_capability(device: torch.device) -> None:
+    """Raises RuntimeError unless this build has code for the GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if not runs_on(module().cuda_archs, (major, minor)):
+        raise RuntimeError(
+            f"{device} has compute capability {major}.{minor}, but diffmf was built for {module().cuda_archs}; "
+            f"reinstall it on this machine, or with DIFFMF_CUDA_ARCHS={major}{minor}-real"
+        )
+
+
 def on(device: torch.device):
     """Context in which the device is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -49,6 +79,7 @@ def run(name: str, device: torch.device, *arguments, workspace: bool = True) -> 
     if device.type == "cpu":
         getattr(module(), f"{name}_cpu")(*arguments, torch.get_num_threads())
         return
+    _check_capability(device)
     with on(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         if not workspace:

@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmf_ops import cross_scan, depthwise_conv_silu
+from diffmf_ops import backend, cross_scan, depthwise_conv_silu
 from diffmf_ops.checks import check_once
 from diffmf_ops.depthwise_conv_silu import _depthwise_conv_silu
 
@@ -70,3 +72,28 @@ def test_arguments_that_passed_a_check_pass_it_again_without_it():
             check_once(check, torch.zeros(3), 2)
         check_once(check, [0, 0, 0], 4)  # no key for a list
     assert len(checked) == 9
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not_run"),
+    [
+        ("80-real 90", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("90a-real 120-real", [(9, 0), (12, 0), (12, 1)], [(8, 9), (10, 3)]),
+        ("80-virtual", [(8, 0), (12, 0)], [(7, 5)]),
+        ("native", [(9, 0)], []),
+    ],
+)
+def test_which_gpus_a_build_runs_on(archs, runs, does_not_run, monkeypatch):
+    module = SimpleNamespace(cuda_archs=archs)
+    monkeypatch.setattr(backend, "module", lambda: module)
+    backend._check_capability.cache_clear()
+    for capability in runs + does_not_run:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        device = torch.device("cuda", 10 * capability[0] + capability[1])
+        if capability in runs:
+            backend._check_capability(device)
+            continue
+        with pytest.raises(RuntimeError, match=rf"cuda:\d+ has compute .*, but diffmf was built for {archs};"):
+            backend._check_capability(device)
+    backend._check_capability.cache_clear()
