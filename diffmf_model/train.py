@@ -258,16 +258,16 @@ class Trainer:
         # Stochastic depth draws from a stream of this step's own.
         stream = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(stream[0]))
-        values, gradient = self.gradients(*images)
-        if gradient is not None:
-            dist.all_reduce(gradient)
-            gradient /= self.world
-            values[-1] = self._clip()
-        late = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
-        values = torch.cat([values, values.new_full((1,), float(late))])
+        message = self.gradients(*images)
+        message[-1] = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
         if self.world > 1:
-            dist.all_reduce(values)
-            values /= self.world
+            dist.all_reduce(message)
+            message /= self.world
+        gradient, parts, late = message.tensor_split([-5, -1])
+        norm = gradient.norm(keepdim=True)
+        if settings.clip_norm > 0:
+            gradient *= (settings.clip_norm / (norm + 1e-6)).clamp(max=1)
+        values = torch.cat([parts, norm, late])
         # Before anyone looks at the loss: where it is not finite the run ends, and nothing of the step is saved.
         self.optimizer.step()
         if self.averaged is not None:
@@ -289,11 +289,10 @@ class Trainer:
         record["lr"] = self.optimizer.param_groups[0]["lr"]
         return record, late > 0
 
-    def _gradients(self, ir: torch.Tensor, vi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Leaves a batch's clipped gradients in the parameters: total loss, its three parts, and the gradient norm.
+    def _gradients(self, ir: torch.Tensor, vi: torch.Tensor) -> torch.Tensor:
+        """One vector, as the network is small: a batch's gradients, total loss and its three parts, and a free place.
 
-        Of several processes the gradients are one vector, returned too, that is still to be averaged and clipped:
-        one message, as the network is small.
+        The parameters' gradients are parts of it, so that what is done to them there, the optimizer sees.
         """
         self.network.train()
         self.optimizer.zero_grad()
@@ -301,20 +300,13 @@ class Trainer:
             fused = self.network(ir, vi)
         parts = self.loss(fused, ir, vi)
         parts["total"].backward()
-        gradient, norm = None, parts["total"].new_zeros(())
-        if self.world > 1:
-            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
-            pieces = gradient.split([parameter.numel() for parameter in parameters])
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.grad = piece.view_as(parameter)
-        else:
-            norm = self._clip()
-        return torch.stack([*(value.detach() for value in parts.values()), norm]), gradient
-
-    def _clip(self) -> torch.Tensor:
-        """Scales the gradients down to train.clip_norm; returns their norm before."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm or math.inf)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        values = [*(value.detach() for value in parts.values()), parts["total"].new_zeros(())]
+        message = torch.cat([each.flatten() for each in (*(parameter.grad for parameter in parameters), *values)])
+        pieces = message.split([*(parameter.numel() for parameter in parameters), len(values)])
+        for parameter, piece in zip(parameters, pieces[:-1], strict=True):
+            parameter.grad = piece.view_as(parameter)
+        return message
 
     def _fit_steps(self, done: int) -> None:
         """Ends the schedule within train.fit_minutes, from the time of the steps that this process has done so far.

@@ -50,10 +50,10 @@ def data(tmp_path_factory):
     return root
 
 
-def arguments(data, output, *more):
+def arguments(data, output, *more, device="cpu"):
     flags = [argument for argument in more if argument.startswith("--")]
     overrides = [argument for argument in more if argument not in flags]
-    return ["train", "--data", str(data), "--output", str(output), "--device", "cpu", *flags, *SETTINGS, *overrides]
+    return ["train", "--data", str(data), "--output", str(output), "--device", device, *flags, *SETTINGS, *overrides]
 
 
 def lines(path):
@@ -112,8 +112,7 @@ def test_a_captured_step_is_the_eager_one(data, tmp_path, monkeypatch, precision
     more = [f"train.precision={precision}", "model.drop_path=0.3", "train.ema=0.5"]
 
     def losses(name, epochs, *flags):
-        command = arguments(data, tmp_path / name, f"train.epochs={epochs}", *more, *flags)
-        command[command.index("cpu")] = "cuda"
+        command = arguments(data, tmp_path / name, f"train.epochs={epochs}", *more, *flags, device="cuda")
         assert cli.main(command) == 0
         return [record["loss"] for record in lines(tmp_path / name / "log.jsonl")]
 
@@ -214,16 +213,26 @@ def test_a_fitted_schedule_ends_in_time_and_resumes_bit_for_bit(data, tmp_path, 
     assert same_files(tmp_path / "whole", tmp_path / "pieces")
 
 
-def test_two_processes_equal_one_on_the_doubled_batch(data, tmp_path):
-    more = ["train.epochs=3", "train.ema=0.5"]
-    assert cli.main(arguments(data, tmp_path / "one", *more, "data.batch_size=2")) == 0
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
+)
+def test_two_processes_equal_one_on_the_doubled_batch(data, tmp_path, device):
+    def command(output, batch_size):
+        more = ["train.epochs=3", "train.ema=0.5", f"data.batch_size={batch_size}"]
+        return arguments(data, tmp_path / output, *more, device=device)
+
+    assert cli.main(command("one", 2)) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "diffmf_model", *arguments(data, tmp_path / "two", *more, "data.batch_size=1")]
     shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-m", "diffmf_model", *command("two", 1)],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+        )
         for rank in "01"
     ]
     errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
