@@ -1,8 +1,8 @@
 """Times other people's networks with their own SS2D layer and with ours (`replace_ss2d`).
 
 Their repositories have to be importable, and what they import: mamba_ssm, timm, for MambaIR basicsr. Random weights.
-infer: the network alone, in inference mode. train: forward and backward, without a loss and an optimizer. As users run
-them, launch by launch; both in turn, in one process.
+infer: the network alone, in inference mode. train: forward and backward, without a loss and an optimizer. Both in turn,
+in one process; eager, and as a CUDA graph, whose time is the GPU's alone.
 """
 
 import argparse
@@ -10,15 +10,17 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from diffmf_model.cuda_graph import captured
 from diffmf_model.timing import alternate, peak_extra_mib, write_results
 from diffmf_ops import replace_ss2d
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS, MODES = ("fp32", "bf16"), ("eager", "graph")
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,15 @@ NETWORKS = {
 }
 
 
+def autocast(precision: str):
+    # Without the cache of cast weights, which must not outlive a graph's capture.
+    return torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
 def infer(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callable[[], torch.Tensor]:
     @torch.inference_mode()
     def call():
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(precision):
             return network(pictures)
 
     return call
@@ -70,7 +77,7 @@ def infer(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callabl
 
 def train(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callable[[], None]:
     def call():
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(precision):
             loss = network(pictures).float().square().mean()
         network.zero_grad(set_to_none=True)
         loss.backward()
@@ -93,21 +100,26 @@ def measure(name: str, repeats: int) -> list[dict]:
     rows = []
     for task, shape, make in (("infer", spec.infer, infer), ("train", spec.train, train)):
         pictures = torch.rand(shape, device="cuda")
-        for precision in PRECISIONS:
+        for precision, mode in product(PRECISIONS, MODES):
             calls = {
                 which: make(network.train(task == "train"), pictures, precision)
                 for which, network in (("theirs", theirs), ("ours", ours))
             }
-            times = alternate(calls, "cuda", repeats=repeats, seconds=10)
             row = {"network": name, "title": spec.title, "layers": layers, "task": task, "precision": precision}
-            row |= {"shape": "×".join(map(str, shape)), "ms": times}
-            row["peak_mib"] = {which: peak_extra_mib(call) for which, call in calls.items()}
-            if task == "infer":
-                row["difference"] = relative_difference(calls["ours"](), calls["theirs"]())
+            row |= {"mode": mode, "shape": "×".join(map(str, shape))}
+            if mode == "graph":
+                calls = {which: captured(call) for which, call in calls.items()}
+            else:
+                row["peak_mib"] = {which: peak_extra_mib(call) for which, call in calls.items()}
+                if task == "infer":
+                    row["difference"] = relative_difference(calls["ours"](), calls["theirs"]())
+            row["ms"] = times = alternate(calls, "cuda", repeats=repeats, seconds=10)
             rows.append(row)
             ratio = times["theirs"]["median"] / times["ours"]["median"]
-            print(f"{spec.title:20}{task:6}{row['shape']:>12} {precision}", end=" ")
-            print(f"{times['ours']['median']:8.2f} ms, theirs {ratio:.2f} times as long", row["peak_mib"], flush=True)
+            print(f"{spec.title:20}{task:6}{row['shape']:>12} {precision} {mode:6}", end="", flush=True)
+            print(f"{times['ours']['median']:8.2f} ms, theirs {ratio:.2f} times as long", flush=True)
+            del calls
+            torch.cuda.empty_cache()
     return rows
 
 

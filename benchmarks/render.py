@@ -175,6 +175,23 @@ def network_table(names: list[str]) -> str:
     return f"{table(header, lines)}\n\nms, median (range), of one CUDA graph; 4×128×128 is four crops. {origins}."
 
 
+def replaced_table(results: dict) -> str:
+    """Other people's networks with our layer, and how many times as long they take with their own."""
+    rows = {(row["title"], row["task"], row["shape"], row["precision"], row["mode"]): row for row in results["rows"]}
+    ways = [(precision, mode) for precision in ("fp32", "bf16") for mode in ("eager", "graph")]
+    header = ["network, layers", "task", "input", *(f"{p}, {m}" for p, m in ways), "peak MiB, fp32; bf16"]
+    lines = []
+    for title, task, shape in dict.fromkeys(key[:3] for key in rows):
+        found = [rows[title, task, shape, *way] for way in ways]
+        times = [
+            f"{spread(r['ms']['ours'])}, {r['ms']['theirs']['median'] / r['ms']['ours']['median']:.1f}×" for r in found
+        ]
+        peaks = [f"{r['peak_mib']['ours']:.0f} of {r['peak_mib']['theirs']:.0f}" for r in found if "peak_mib" in r]
+        lines.append([f"{title}, {found[0]['layers']}", task, shape, *times, "; ".join(peaks)])
+    note = "ms, median (range), and how many times as long it takes with the layer it came with; memory likewise."
+    return f"{table(header, lines)}\n\n{note} {where(results['environment'])}."
+
+
 def plot_modules(results: dict, path: Path) -> None:
     """Where a fused pair's time goes: parts of the network, and kinds of module (each without what it contains)."""
     from matplotlib import pyplot
@@ -309,6 +326,7 @@ def main() -> None:
         "cuda": speed_table(load("ss2d_cuda")),
         "cpu": cpu_table(load("ss2d_cpu")),
         "network": network_table(["model_cuda", "model_small_cuda"]),
+        "replaced": replaced_table(load("networks_cuda")),
     }
     for name, content in tables.items():
         begin, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"

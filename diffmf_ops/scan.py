@@ -137,7 +137,8 @@ def backward(form, dy, states, x, proj, delta, dt_weight, dt_bias, A, D):
     inputs = (x, proj, delta, dt_weight, dt_bias, A, D)
     if dy.numel() == 0:
         return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
-    gradients = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
+    dense = torch.contiguous_format
+    gradients = [None if t is None else torch.empty_like(t, memory_format=dense) for t in inputs]
     call = _Call(form, *inputs)
     dy = dy.contiguous()
     arguments = backend.module().SS2DGradients(_address(dy), _address(states), call.per_path, *map(_address, gradients))
