@@ -182,7 +182,7 @@ def replaced_table(results: dict) -> str:
     header = ["network, layers", "task", "input", *(f"{p}, {m}" for p, m in ways), "peak MiB, fp32; bf16"]
     lines = []
     for title, task, shape in dict.fromkeys(key[:3] for key in rows):
-        found = [rows[title, task, shape, *way] for way in ways]
+        found = [rows[(title, task, shape, *way)] for way in ways]
         times = [
             f"{spread(r['ms']['ours'])}, {r['ms']['theirs']['median'] / r['ms']['ours']['median']:.1f}×" for r in found
         ]
