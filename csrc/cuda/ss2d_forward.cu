@@ -196,8 +196,10 @@ ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
   return shared_decay ? shared_kernel<true>(share) : shared_kernel<false>(share);
 }
 
-Layout layout_of(const SS2DProblem& problem) {
-  Layout best;
+// The share with the least work for a token among those with so many states at most: instructions per state, channel
+// and warp, estimated.
+Layout layout_of(const SS2DProblem& problem, int most_states) {
+  Layout best{};
   auto take = [&](const Share& share, int lanes, int block_channels) {
     best.states_per_thread = share.states;
     best.channels_per_thread = share.channels;
@@ -211,10 +213,9 @@ Layout layout_of(const SS2DProblem& problem) {
     take(share, 1, share.channels);
     return best;
   }
-  // The share with the least work for a token: instructions per state, channel and warp, estimated.
   double least = 0;
   for (const Share& share : kShares) {
-    if (kernel_of(problem, share) == nullptr) continue;
+    if (share.states > most_states || kernel_of(problem, share) == nullptr) continue;
     int lanes = 1;
     while (share.states * lanes < problem.states) lanes *= 2;
     if (lanes > 32) continue;
@@ -249,15 +250,6 @@ void lay_out(const SS2DProblem& problem, const Layout& layout, ForwardParams& pa
 }
 
 Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
-  Layout layout = layout_of(problem);
-  const Share share = {layout.states_per_thread, layout.channels_per_thread};
-  lay_out(problem, layout, params);
-  const Device& device = device_for(reinterpret_cast<const void*>(kernel_of(problem, share)));
-  const int most = std::min(device.threads / 32, device.shared_bytes / params.warp_bytes) / 2 * 2;
-  if (most < 2)
-    throw std::runtime_error("ss2d: a warp needs " + std::to_string(params.warp_bytes) +
-                             " bytes of shared memory, more than half of what this device has");
-  const int64_t multiprocessors = device.multiprocessors;
   params.rounds = 0;
   int task_warps = 1;
   for (int axis = 0; axis < 2; ++axis) {
@@ -270,6 +262,25 @@ Plan plan_of(const SS2DProblem& problem, ForwardParams& params) {
     for (const auto& paths : senses)
       for (size_t i = pairs; i < paths.size(); ++i) params.round[params.rounds++] = {{paths[i], -1}};
   }
+  Layout layout;
+  int64_t multiprocessors = 0, most = 0;  // most: warps that a multiprocessor holds
+  auto choose = [&](const Layout& chosen) {
+    layout = chosen;
+    lay_out(problem, layout, params);
+    const Share share = {layout.states_per_thread, layout.channels_per_thread};
+    const Device& device = device_for(reinterpret_cast<const void*>(kernel_of(problem, share)));
+    multiprocessors = device.multiprocessors;
+    most = std::min(device.threads / 32, device.shared_bytes / params.warp_bytes) / 2 * 2;
+    if (most < 2)
+      throw std::runtime_error("ss2d: a warp needs " + std::to_string(params.warp_bytes) +
+                               " bytes of shared memory, more than half of what this device has");
+  };
+  choose(layout_of(problem, 16));
+  // Where even the shortest chunks of threads with fewer states are few enough to be walked at once, by 12 warps of
+  // each multiprocessor: such warps, if a quarter of the states or less is theirs, are sooner done with a token.
+  const Layout narrow = layout_of(problem, 4);
+  const int64_t shortest = problem.modalities * problem.batch * narrow.groups * ceil_div(problem.tokens(), 2 * kTile);
+  if (narrow.state_lanes >= 4 * layout.state_lanes && shortest * task_warps <= multiprocessors * 12) choose(narrow);
   // Chunks are walked twice, so a third of the device without them is as good as all of it with them.
   Plan plan = chunk_plan(problem, layout, problem.modalities * problem.batch * layout.groups,
                          multiprocessors * most / task_warps, 3, 2 * kTile);
