@@ -191,8 +191,8 @@ def replaced_table(results: dict) -> str:
         lines.append([f"{title}, {eager[0]['layers']}", task, shape, *times, pair(map(longer, eager)), peaks])
     note = (
         "ms, median (range), as one CUDA graph, and how many times as long the network takes with its own layer; that "
-        "also of eager calls, where the launches of the whole network may be what takes the time; memory of eager calls, "
-        "of what they take with its own layer"
+        "also of eager calls, where the network's launches may be what takes the time; memory of eager calls, of what "
+        "they take with its own layer"
     )
     return f"{table(header, lines)}\n\n{note}; {where(results['environment'])}."
 
