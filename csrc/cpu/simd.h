@@ -164,6 +164,8 @@ class FlushSubnormals {
 
  private:
   unsigned saved_;
+#else
+  FlushSubnormals() {}  // other processors have no such assist
 #endif
 };
 
