@@ -1,4 +1,4 @@
-"""replace_ss2d on a layer that is written out in PyTorch, as the networks that copy VMamba's first SS2D have it."""
+"""replace_ss2d on a layer that is written out in PyTorch, as VMamba and the networks that copy its SS2D have it."""
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ class ScanLayer(nn.Module):
         super().__init__()
         k, self.sizes, self.paths, self.act, self.inner = len(paths), (rank, states, states), paths, act, inner
         self.in_proj = nn.Linear(channels, inner * (2 if gated else 1), bias)
-        self.conv2d = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=conv_bias)
+        if kernel_size is not None:
+            self.conv2d = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=conv_bias)
         self.x_proj_weight = nn.Parameter(torch.randn(k, rank + 2 * states, inner) / inner**0.5)
         self.dt_projs_weight = nn.Parameter(torch.randn(k, inner, rank))
         self.dt_projs_bias = nn.Parameter(torch.randn(k, inner) - 4)
@@ -31,7 +32,8 @@ class ScanLayer(nn.Module):
 
     def forward(self, x):
         x, *z = self.in_proj(x).split(self.inner, dim=-1)
-        x = self.act(self.conv2d(x.permute(0, 3, 1, 2)))
+        x = x.permute(0, 3, 1, 2)
+        x = self.act(self.conv2d(x) if hasattr(self, "conv2d") else x)
         tokens = reference.cross_scan(x, self.paths)
         delta, B, C = torch.einsum("bkdl,kcd->bkcl", tokens, self.x_proj_weight).split(self.sizes, dim=2)
         delta = torch.einsum("bkrl,kdr->bkdl", delta, self.dt_projs_weight)
@@ -62,6 +64,7 @@ class Block(nn.Module):
         {"gated": False, "conv_bias": False, "bias": True, "kernel_size": 5},
         {"inner": 29, "states": 1, "rank": 1, "eps": 1e-3},
         {"decays": 1, "inner": 12},
+        {"kernel_size": None},
     ],
     ids=str,
 )
@@ -81,6 +84,19 @@ def test_same_values_same_parameters_and_gradients(options):
         names, torch.autograd.grad(found.square().sum(), parameters), gradients, strict=True
     ):  # largest of 400: 4.0e-6
         assert_close(g, e, 4e-5, name)
+
+
+def test_channels_first():
+    class ChannelsFirst(ScanLayer):
+        channel_first = True
+
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    network, x = nn.Sequential(ChannelsFirst()), torch.randn(2, 6, 4, 5)
+    expected = network(x)
+    replace_ss2d(network, ScanLayer)
+    assert_close(network(x), expected, 2e-6)
 
 
 def test_keeps_dropout_mode_dtype_and_sharing():
