@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
+from diffmf_model.bench_model import autocast
 from diffmf_model.cuda_graph import captured
+from diffmf_model.peers import relative_error
 from diffmf_model.timing import alternate, peak_extra_mib, write_results
 from diffmf_ops import replace_ss2d
 
@@ -30,67 +31,32 @@ PRECISIONS, MODES = ("fp32", "bf16"), ("eager", "graph")
 class Network:
     title: str
     module: str
-    build: Callable[[ModuleType], nn.Module]  # from the module
+    name: str  # of its class in the module, whose layer is SS2D
+    settings: dict
     infer: tuple[int, ...]
     train: tuple[int, ...]  # as in the repository's own settings for training; half of VMamba's batch
 
 
+VMAMBA_TINY = {"dims": 96, "depths": [2, 2, 8, 2], "drop_path_rate": 0.2, "ssm_d_state": 1, "ssm_ratio": 1.0}
+VMAMBA_TINY |= {"ssm_conv_bias": False, "forward_type": "v05_noz", "norm_layer": "ln2d"}
+VMAMBA_TINY |= {"downsample_version": "v3", "patchembed_version": "v2"}
+LIGHT = {"embed_dim": 60, "d_state": 10, "depths": [6] * 4, "mlp_ratio": 1.2, "upsampler": "pixelshuffledirect"}
+CLASSIC = {"embed_dim": 180, "d_state": 16, "depths": [6] * 6, "mlp_ratio": 2.0, "upsampler": "pixelshuffle"}
+VM_UNET = {"num_classes": 1, "depths": [2, 2, 2, 2], "depths_decoder": [2, 2, 2, 1], "drop_path_rate": 0.2}
+MAMBAIR = ("basicsr.archs.mambair_arch", "MambaIR")
+PICTURE = (1, 3, 256, 256)
 NETWORKS = {
-    "vmamba-tiny": Network(
-        "VMamba-T (s1l8)",
-        "vmamba",
-        lambda m: m.VSSM(
-            dims=96,
-            depths=[2, 2, 8, 2],
-            drop_path_rate=0.2,
-            ssm_d_state=1,
-            ssm_ratio=1.0,
-            ssm_conv_bias=False,
-            forward_type="v05_noz",
-            norm_layer="ln2d",
-            downsample_version="v3",
-            patchembed_version="v2",
-        ),
-        (64, 3, 224, 224),
-        (64, 3, 224, 224),
-    ),
-    "mambair-light": Network(
-        "MambaIR, light, ×2",
-        "basicsr.archs.mambair_arch",
-        lambda m: m.MambaIR(
-            embed_dim=60, d_state=10, depths=(6,) * 4, mlp_ratio=1.2, upscale=2, upsampler="pixelshuffledirect"
-        ),
-        (1, 3, 256, 256),
-        (16, 3, 64, 64),
-    ),
-    "mambair": Network(
-        "MambaIR, ×2",
-        "basicsr.archs.mambair_arch",
-        lambda m: m.MambaIR(
-            embed_dim=180, d_state=16, depths=(6,) * 6, mlp_ratio=2.0, upscale=2, upsampler="pixelshuffle"
-        ),
-        (1, 3, 256, 256),
-        (4, 3, 64, 64),
-    ),
-    "vm-unet": Network(
-        "VM-UNet",
-        "models.vmunet.vmamba",
-        lambda m: m.VSSM(num_classes=1, depths=[2, 2, 2, 2], depths_decoder=[2, 2, 2, 1], drop_path_rate=0.2),
-        (1, 3, 256, 256),
-        (32, 3, 256, 256),
-    ),
+    "vmamba-tiny": Network("VMamba-T (s1l8)", "vmamba", "VSSM", VMAMBA_TINY, (64, 3, 224, 224), (64, 3, 224, 224)),
+    "mambair-light": Network("MambaIR, light, ×2", *MAMBAIR, LIGHT, PICTURE, (16, 3, 64, 64)),
+    "mambair": Network("MambaIR, ×2", *MAMBAIR, CLASSIC, PICTURE, (4, 3, 64, 64)),
+    "vm-unet": Network("VM-UNet", "models.vmunet.vmamba", "VSSM", VM_UNET, PICTURE, (32, 3, 256, 256)),
 }
-
-
-def autocast(precision: str):
-    # Without the cache of cast weights, which must not outlive a graph's capture.
-    return torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def infer(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callable[[], torch.Tensor]:
     @torch.inference_mode()
     def call():
-        with autocast(precision):
+        with autocast(pictures.device, precision):
             return network(pictures)
 
     return call
@@ -98,7 +64,7 @@ def infer(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callabl
 
 def train(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callable[[], None]:
     def call():
-        with autocast(precision):
+        with autocast(pictures.device, precision):
             loss = network(pictures).float().square().mean()
         network.zero_grad(set_to_none=True)
         loss.backward()
@@ -106,16 +72,12 @@ def train(network: nn.Module, pictures: torch.Tensor, precision: str) -> Callabl
     return call
 
 
-def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).double().norm() / expected.double().norm()).item()
-
-
 def measure(name: str, repeats: int) -> list[dict]:
     """A row for every task, precision and mode."""
     spec = NETWORKS[name]
     module = import_module(spec.module)
     torch.manual_seed(0)
-    theirs = spec.build(module).cuda()
+    theirs = getattr(module, spec.name)(**spec.settings).cuda()
     ours = copy.deepcopy(theirs)
     layers = replace_ss2d(ours, module.SS2D)
     rows = []
@@ -133,7 +95,7 @@ def measure(name: str, repeats: int) -> list[dict]:
             else:
                 row["peak_mib"] = {which: peak_extra_mib(call) for which, call in calls.items()}
                 if task == "infer":
-                    row["difference"] = relative_difference(calls["ours"](), calls["theirs"]())
+                    row["difference"] = relative_error(calls["ours"](), calls["theirs"]())
             row["ms"] = times = alternate(calls, "cuda", repeats=repeats, seconds=10)
             rows.append(row)
             ratio = times["theirs"]["median"] / times["ours"]["median"]

@@ -183,7 +183,7 @@ def _images(device: torch.device, shape: tuple[int, int, int]) -> tuple[torch.Te
     return tuple(torch.rand(batch, 1, height, width, device=device) for _ in range(2))
 
 
-def _autocast(device: torch.device, precision: str):
+def autocast(device: torch.device, precision: str):
     # Without the cache of cast weights, which must not outlive a graph's capture.
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
@@ -195,7 +195,7 @@ def _fuse(config: Config, device: torch.device, shape: tuple, precision: str, mo
 
     @torch.inference_mode()
     def fuse():
-        with _autocast(device, precision):
+        with autocast(device, precision):
             return network(ir, vi)
 
     return captured(fuse) if mode.endswith("graph") else fuse
@@ -211,7 +211,7 @@ def _train(config: Config, device: torch.device, shape: tuple, precision: str, m
 
     def step():
         optimizer.zero_grad()
-        with _autocast(device, precision):
+        with autocast(device, precision):
             fused = network(ir, vi)
         loss(fused, ir, vi)["total"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or float("inf"))
@@ -250,7 +250,7 @@ def module_times(config: Config, device: torch.device, shape: tuple, precision: 
         return event
 
     def once():
-        with torch.inference_mode(), _autocast(device, precision), _backend_settings(precision, searching=False):
+        with torch.inference_mode(), autocast(device, precision), _backend_settings(precision, searching=False):
             model(ir, vi)
 
     once()
