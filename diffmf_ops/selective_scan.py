@@ -37,15 +37,15 @@ def selective_scan(
         return_last_state: also return the state after the last token (no gradient flows through it).
 
     Returns:
-        y (B, D, L) in the dtype of u, and with return_last_state the last state (B, D, N), float32.
+        y (B, D, L) in the dtype of u, and with return_last_state the last state (B, D, N), float32. Under autocast u
+        keeps its dtype, as in mamba_ssm; delta, B, C and z get it, and the parameters are cast to float32.
 
     Raises:
         ValueError: a shape or device that does not fit; TypeError: a dtype. Both name the argument.
     """
     check_rank("u", u, (3,), "(B, D, L)")
-    dtype = autocast_dtype(u)
-    if dtype is not None:
-        u, delta, B, C, z = (None if t is None else t.to(dtype) for t in (u, delta, B, C, z))
+    if autocast_dtype(u) is not None:
+        delta, B, C, z = (None if t is None else t.to(u.dtype) for t in (delta, B, C, z))
         A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
     check_once(check_arguments, u, delta, A, B, C, D, z, delta_bias)
     B, C = _grouped(B, C, u)

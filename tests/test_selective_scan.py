@@ -76,6 +76,20 @@ def test_last_state_and_no_softplus(device):
     assert_close(last, expected_last, 1e-5)
 
 
+def test_autocast_keeps_the_dtype_of_u(device):
+    tensors = make_inputs(2, 6, 40, 4, "shared", "grouped", device=device)
+    expected = reference.selective_scan(*tensors, delta_softplus=True)
+    u, delta, A, B, C, D, z, delta_bias = tensors
+    with torch.autocast(device, torch.bfloat16):
+        kept = selective_scan(*tensors, delta_softplus=True)
+        mixed = selective_scan(u, delta, A, B.bfloat16(), C, D.bfloat16(), z, delta_bias, delta_softplus=True)
+        low = selective_scan(u.bfloat16(), delta, A, B, C, D, z, delta_bias, delta_softplus=True)
+    assert (kept.dtype, mixed.dtype, low.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert_close(kept, expected, 1e-5)
+    for found in (mixed, low):
+        assert_close(found, expected, 2e-2)
+
+
 def test_gradcheck():
     tensors = make_inputs(2, 4, 5, 3, "grouped", "shared", dtype=torch.float64)
     tensors = [t.requires_grad_() for t in tensors]
