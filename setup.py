@@ -5,6 +5,7 @@ DIFFMF_CUDA_ARCHS=80-real;90   architectures to build them for (default: of this
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,11 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
             "-DDIFFMF_PYTHON=ON", "-DDIFFMF_TESTS=OFF", "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # that of the last build may have been in its environment
             f"-DDIFFMF_CUDA={os.environ.get('DIFFMF_CUDA', 'auto')}",
+            f"-DDIFFMF_CUDA_ARCHS={os.environ.get('DIFFMF_CUDA_ARCHS', 'auto')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
         ]  # fmt: skip
-        if archs := os.environ.get("DIFFMF_CUDA_ARCHS"):
-            configure.append(f"-DDIFFMF_CUDA_ARCHS={archs}")
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

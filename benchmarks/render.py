@@ -324,16 +324,19 @@ def write_report(docs: Path) -> None:
     (docs / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 
-def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    tables = {
+def readme_tables() -> dict[str, str]:
+    return {
         "cuda": speed_table(load("ss2d_cuda")),
         "cpu": cpu_table(load("ss2d_cpu")),
         "network": network_table(["model_cuda", "model_small_cuda"]),
         "replaced": replaced_table(load("networks_cuda")),
     }
-    for name, content in tables.items():
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for name, content in readme_tables().items():
         begin, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
         head, rest = text.split(begin)
         text = head + begin + content + "\n" + end + rest.split(end)[1]

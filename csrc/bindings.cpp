@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
 #include <string>
 
 #include "diffmf/cross_scan.h"
@@ -25,14 +26,16 @@ SS2DProblem make_problem(DType dtype, const std::array<int64_t, 7>& sizes, const
                          Exchange exchange, Discretization discretization, bool shared_decay, bool softplus) {
   SS2DProblem problem{dtype,    sizes[0], sizes[1], sizes[2], sizes[3],       sizes[4],     sizes[5],
                       sizes[6], 0,        {},       exchange, discretization, shared_decay, softplus};
-  if (paths.empty() || paths.size() > kMaxPaths) throw std::invalid_argument("paths: expected 1 to 8");
+  if (paths.empty() || paths.size() > kMaxPaths)
+    throw std::invalid_argument("paths: expected 1 to " + std::to_string(kMaxPaths));
   for (int path : paths) problem.path[problem.paths++] = path;
   return problem;
 }
 
 CrossScanProblem make_shape(const std::array<int64_t, 4>& sizes, const std::vector<int>& paths) {
   CrossScanProblem shape{sizes[0], sizes[1], sizes[2], sizes[3], 0, {}};
-  if (paths.empty() || paths.size() > kMaxPaths) throw std::invalid_argument("paths: expected 1 to 8");
+  if (paths.empty() || paths.size() > kMaxPaths)
+    throw std::invalid_argument("paths: expected 1 to " + std::to_string(kMaxPaths));
   for (int path : paths) shape.path[shape.paths++] = path;
   return shape;
 }
@@ -80,7 +83,6 @@ NormGateGradients make_norm_gradients(uintptr_t dout, uintptr_t dy, uintptr_t dz
 PYBIND11_MODULE(_C, m) {
   m.def("checkpoint_of",
         [](bool on_gpu, int64_t states) { return on_gpu ? cuda::checkpoint_of(states) : cpu::kCheckpoint; });
-  m.attr("MAX_PATHS") = kMaxPaths;
   py::enum_<DType>(m, "DType")
       .value("f32", DType::f32)
       .value("bf16", DType::bf16)

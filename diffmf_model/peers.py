@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from diffmf_ops import modules, reference, ss2d
-from diffmf_ops.modules import EXCHANGE_SOURCES, SS2D, linear
+from diffmf_ops.modules import SS2D, linear
+from diffmf_ops.reference import EXCHANGE_SOURCES
 
 K = 4  # paths
 

@@ -407,13 +407,14 @@ class Trainer:
 def _processes(device: str | None):
     """(rank, world size, device) of this process, joined to torchrun's group where there is one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1, select_device(device)
-        return
     chosen = select_device(device)
     if chosen.type == "cuda":
-        chosen = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        if world > 1:
+            chosen = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
+    if world == 1:
+        yield 0, 1, chosen
+        return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), world, chosen

@@ -41,13 +41,18 @@ def check_device(name: str, tensor: torch.Tensor) -> None:
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     """Whether code for these architectures ("80-real 90": binaries of 8.0 and 9.0, and PTX of 9.0) runs on a GPU.
 
-    A binary does on GPUs of its own major version from its minor version on, PTX on all from its version on.
+    A binary does on GPUs of its own major version from its minor version on, PTX on all from its version on; with a
+    letter ("90a") both on that version only.
     """
     for arch in archs.split():
-        match = re.fullmatch(r"(\d+)[a-z]?(-\w+)?", arch)
+        match = re.fullmatch(r"(\d+)([a-z]?)(-\w+)?", arch)
         if match is None:  # CMake's "native", "all" or "all-major"
             return True
-        (major, minor), kind = divmod(int(match[1]), 10), match[2]
+        (major, minor), kind = divmod(int(match[1]), 10), match[3]
+        if match[2]:
+            if (major, minor) == capability:
+                return True
+            continue
         if kind != "-virtual" and major == capability[0] and minor <= capability[1]:
             return True
         if kind != "-real" and (major, minor) <= capability:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 
 import torch
 
 from . import backend
 from .dispatch import PLAIN
 
+MAX_PATHS = 8  # kMaxPaths of the kernels
 _passed: set[tuple] = set()  # by check_once
 
 
@@ -30,6 +32,14 @@ def check_once(check: Callable, *arguments) -> None:
         if len(_passed) >= 4096:
             _passed.clear()
         _passed.add(key)
+
+
+def cast(dtype: torch.dtype, **tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors in this dtype; None stays None. Raises TypeError, naming the argument, for anything else."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: a {type(tensor).__name__}, expected a tensor")
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors.values()]
 
 
 def check_rank(name: str, tensor: torch.Tensor, ranks: tuple[int, ...], layout: str) -> None:
@@ -82,7 +92,10 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_paths(paths) -> tuple[int, ...]:
     """The path codes as a tuple; raises ValueError unless they are 1 to 8 integers from 0 to 3."""
-    paths = tuple(paths)
-    if not 1 <= len(paths) <= 8 or any(path not in (0, 1, 2, 3) for path in paths):
-        raise ValueError(f"paths: {paths}, expected 1 to 8 codes from 0 to 3")
-    return paths
+    try:
+        codes = tuple(index(path) for path in paths)
+    except TypeError:
+        codes = ()
+    if not 1 <= len(codes) <= MAX_PATHS or any(code not in (0, 1, 2, 3) for code in codes):
+        raise ValueError(f"paths: {paths!r}, expected 1 to {MAX_PATHS} codes from 0 to 3")
+    return codes

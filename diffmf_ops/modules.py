@@ -25,11 +25,10 @@ from torch.autograd.function import once_differentiable
 from .depthwise_conv_silu import KERNEL_SIZES, depthwise_conv_silu
 from .dispatch import autocast_dtype, is_plain, wants_gradient
 from .norm_gate import norm_gate
+from .reference import EXCHANGE_SOURCES
 from .ss2d import ss2d
 
 PATHS = (0, 1, 2, 3)
-# Whose B and C each modality's scan reads (0 infrared, 1 visible): Eqs. 6, 15 and 16 of the paper.
-EXCHANGE_SOURCES = {"none": (0, 1), "mutual": (1, 0), "from_visible": (1, 1), "from_infrared": (0, 0)}
 FORWARD_TYPES = ("v0", "v2", "v3", "v03", "v04", "v05")
 CHANNELS_LAST_ONLY = "channel_first=True needs modalities=1: two modalities are (2, B, H, W, C)"
 POSTFIXES = ("_no32", "_oact", "_noz", "_nozact", "_onnone")
@@ -43,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     runs = len(tokens) // len(weight)
     weight = _repeated(weight.mT, runs)
     y = torch.bmm(tokens, weight) if bias is None else torch.baddbmm(_repeated(bias, runs)[:, None], tokens, weight)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _runs(x: Tensor) -> Tensor:
@@ -86,15 +85,22 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx, dproj):
         x, weight = ctx.saved_tensors
-        dx = dx.contiguous()
+        of_x, of_weight = ctx.needs_input_grad
+        dx, dweight = dx.contiguous(), None
         if weight.dim() == 2:
             dproj = dproj.flatten(0, -2)
-            dx.flatten(0, -2).addmm_(dproj, weight)
-            return dx, dproj.mT @ x.flatten(0, -2)
-        dproj = _runs(dproj)
-        runs = len(dproj) // len(weight)
-        _runs(dx).baddbmm_(dproj, _repeated(weight, runs))
-        return dx, torch.bmm(dproj.mT, _runs(x)).unflatten(0, (-1, runs)).sum(1)
+            if of_x:
+                dx.flatten(0, -2).addmm_(dproj, weight)
+            if of_weight:
+                dweight = dproj.mT @ x.flatten(0, -2)
+        else:
+            dproj = _runs(dproj)
+            runs = len(dproj) // len(weight)
+            if of_x:
+                _runs(dx).baddbmm_(dproj, _repeated(weight, runs))
+            if of_weight:
+                dweight = torch.bmm(dproj.mT, _runs(x)).unflatten(0, (-1, runs)).sum(1)
+        return dx if of_x else None, dweight
 
 
 class Linear(nn.Module):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-EXCHANGES = ("none", "mutual", "from_visible", "from_infrared")
+# Whose B and C each modality's scan reads (0 infrared, 1 visible): Eqs. 6, 15 and 16 of the paper.
+EXCHANGE_SOURCES = {"none": (0, 1), "mutual": (1, 0), "from_visible": (1, 1), "from_infrared": (0, 0)}
 
 
 def path_indices(height: int, width: int, path: int, device=None) -> torch.Tensor:
@@ -64,14 +65,14 @@ def ss2d(x, proj, dt_weight, dt_bias, A, D=None, *, paths=(0, 1, 2, 3), exchange
     states = (proj.shape[-1] - rank) // 2
     height, width = x.shape[2:4]
     per_path = x.dim() == 6
-    source = {"none": list(range(x.shape[0])), "mutual": [1, 0], "from_visible": [1, 1], "from_infrared": [0, 0]}
+    source = list(EXCHANGE_SOURCES[exchange][: x.shape[0]])
     merged = 0
     for k, path in enumerate(paths):
         order = path_indices(height, width, path, x.device)
         xk = (x[..., k, :] if per_path else x).flatten(2, 3)[:, :, order]  # (M, B, L, D)
         pk = proj[..., k, :].flatten(2, 3)[:, :, order]  # (M, B, L, R + 2N)
         delta = F.softplus(torch.einsum("mblr,mdr->mbld", pk[..., :rank], dt_weight[:, k]) + dt_bias[:, None, None, k])
-        exchanged = pk[source[exchange]]
+        exchanged = pk[source]
         B, C = exchanged[..., rank : rank + states], exchanged[..., rank + states :]
         y, _ = _scan(xk, delta, A[:, None, k], B, C, discretization)
         if D is not None:

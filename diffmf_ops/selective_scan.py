@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import scan
-from .checks import check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
+from .checks import cast, check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
 from .dispatch import Operator, autocast_dtype, wants_gradient
 
 
@@ -45,8 +45,8 @@ def selective_scan(
     """
     check_rank("u", u, (3,), "(B, D, L)")
     if autocast_dtype(u) is not None:
-        delta, B, C, z = (None if t is None else t.to(u.dtype) for t in (delta, B, C, z))
-        A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
+        delta, B, C, z = cast(u.dtype, delta=delta, B=B, C=C, z=z)
+        A, D, delta_bias = cast(torch.float32, A=A, D=D, delta_bias=delta_bias)
     check_once(check_arguments, u, delta, A, B, C, D, z, delta_bias)
     B, C = _grouped(B, C, u)
     tensors = (u, delta, A, B, C, D, delta_bias)

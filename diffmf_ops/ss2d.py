@@ -8,6 +8,7 @@ import torch
 
 from . import scan
 from .checks import (
+    cast,
     check_activation,
     check_choice,
     check_device,
@@ -19,7 +20,7 @@ from .checks import (
     check_shape,
 )
 from .dispatch import Operator, autocast_dtype, wants_gradient
-from .reference import EXCHANGES
+from .reference import EXCHANGE_SOURCES
 
 DISCRETIZATIONS = ("euler", "zoh")
 
@@ -70,9 +71,8 @@ def ss2d(
     check_rank("x", x, (4, 5, 6), "(B, H, W, D), (B, H, W, K, D), or with a leading M = 2")
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, proj = x.to(dtype), proj.to(dtype)
-        dt_weight, dt_bias, A = dt_weight.float(), dt_bias.float(), A.float()
-        D = None if D is None else D.float()
+        x, proj = cast(dtype, x=x, proj=proj)
+        dt_weight, dt_bias, A, D = cast(torch.float32, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
     paths = check_paths(paths)
     check_once(check_arguments, x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
@@ -82,7 +82,7 @@ def ss2d(
 
 def check_arguments(x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization) -> None:
     """Raises ValueError or TypeError, naming the argument, unless the arguments of `ss2d` fit together."""
-    check_choice("exchange", exchange, EXCHANGES)
+    check_choice("exchange", exchange, tuple(EXCHANGE_SOURCES))
     check_choice("discretization", discretization, DISCRETIZATIONS)
     check_rank("dt_weight", dt_weight, (3, 4), "(K, D, R), or (2, K, D, R) for two modalities")
     lead = tuple(dt_weight.shape[:-3])

@@ -54,7 +54,7 @@ def check(tensors, dtype):
 )
 def test_matches_the_reference(device, dtype, lead, sizes, size, bias, strided):
     if dtype == torch.float64 and device != "cpu":
-        return
+        pytest.skip("float64 runs on the CPU only")
     check(make_inputs(lead, sizes, size, bias, device, dtype, strided), dtype)
 
 
@@ -75,13 +75,8 @@ def test_any_strides(device):
     rows = torch.randn(2, 11, 9, 65, device=device).transpose(1, 2)[..., 1:]  # misaligned, columns first
     _, weight, bias = make_inputs((), (1, 1, 1, 64), 3, True, device)
     for tensor in (x, rows):
-        assert (
-            torch.equal(
-                depthwise_conv_silu(tensor, weight, bias), depthwise_conv_silu(tensor.contiguous(), weight, bias)
-            )
-            or tensor is rows
-        )  # another thread layout, the same sums
         check([tensor, weight, bias], torch.float32)
+    assert torch.equal(depthwise_conv_silu(x, weight, bias), depthwise_conv_silu(x.contiguous(), weight, bias))
 
 
 def test_the_same_bits_again(device):

@@ -8,13 +8,13 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "isa.h"
 #include "scan.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace diffmf::cpu {
@@ -30,17 +30,6 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   DIFFMF_SELECT(kernels_f64)
-}
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-// Uninitialized, on a 64-byte boundary.
-template <class T>
-using Buffer = std::unique_ptr<T[], AlignedDelete>;
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
 }
 
 // One scan: its coordinates, and its place among the scans of a wave.
@@ -358,7 +347,6 @@ template <class Real>
 void backward(const SS2DProblem& p, const SS2DInputs& in, const SS2DGradients& out, int threads) {
   const int64_t width = p.rank + 2 * p.states, delta_width = p.rank ? 0 : kLanes;
   const Plan<Real> plan(p, kLanes + delta_width + width, threads);
-  const bool x_per_path = out.x_per_path || in.x_strides.path != 0;
   const int64_t state_size = p.states * kLanes, parameter_size = parameter_rows(p) * kLanes;
   const int64_t workspace_size = plan.kernels.backward_workspace(static_cast<int>(p.states), static_cast<int>(p.rank));
   const Buffer<Real> carry = allocate<Real>(plan.wave_scans * state_size);
@@ -369,7 +357,7 @@ void backward(const SS2DProblem& p, const SS2DInputs& in, const SS2DGradients& o
   const Buffer<Real> dproj_slots = allocate<Real>(plan.wave_scans * plan.slots() * width);
   const Buffer<Real> workspace = allocate<Real>(plan.threads * workspace_size);
   std::unique_ptr<PathSum<Real>> dx;
-  if (!x_per_path && p.paths > 1) dx = std::make_unique<PathSum<Real>>(plan, out.dx);
+  if (!out.x_per_path && p.paths > 1) dx = std::make_unique<PathSum<Real>>(plan, out.dx);
   Team team(plan.threads);
 
   const auto scan_segment = [&](int64_t first_item, int64_t segment, int64_t i, int thread) {
@@ -388,7 +376,7 @@ void backward(const SS2DProblem& p, const SS2DInputs& in, const SS2DGradients& o
       const Rows rows = plan.rows(p.dtype, tensor, plan.contiguous(p.channels, path_axis), id.m, id.b, id.k, channel);
       plan.store_segment(rows, id.k, segment, slots, kLanes, plan.lanes(id.block));
     };
-    if (!dx) store(out.dx, x_per_path, gradients.dx);
+    if (!dx) store(out.dx, out.x_per_path, gradients.dx);
     if (gradients.ddelta) store(out.ddelta, true, gradients.ddelta);
   };
 

@@ -3,15 +3,13 @@
 // A block owns a kSide x kSide square of pixels of one (batch item, channel). The square goes through shared memory, so
 // that row paths and column paths both touch device memory in runs of kSide neighbouring elements; reversed paths are
 // the same runs backwards. A thread owns whole pixels, so the merge adds the paths of a pixel in order: no atomics.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "diffmf/cross_scan.h"
+#include "launch.cuh"
+#include "pixels.cuh"
 
 namespace diffmf {
 namespace cuda {
@@ -64,13 +62,6 @@ __global__ void __launch_bounds__(kSide* kRows)
   }
 }
 
-__device__ inline void load(float v, float& to) { to = v; }
-__device__ inline void load(__nv_bfloat16 v, float& to) { to = __bfloat162float(v); }
-__device__ inline void load(__half v, float& to) { to = __half2float(v); }
-__device__ inline void store(float v, float& to) { to = v; }
-__device__ inline void store(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
-__device__ inline void store(float v, __half& to) { to = __float2half_rn(v); }
-
 template <typename T>
 __global__ void __launch_bounds__(kSide* kRows)
     cross_merge_kernel(const __grid_constant__ CrossScanProblem shape, const T* y,  // [B, K, C, H * W]
@@ -90,7 +81,7 @@ __global__ void __launch_bounds__(kSide* kRows)
         const int u = transposed ? static_cast<int>(threadIdx.x) : i,
                   v = transposed ? i : static_cast<int>(threadIdx.x);
         if (at.row + u < shape.height && at.column + v < shape.width)
-          load(from[position_of(shape, shape.path[k], at.row + u, at.column + v)], tile[u][v]);
+          tile[u][v] = widen(from[position_of(shape, shape.path[k], at.row + u, at.column + v)]);
       }
       __syncthreads();
 #pragma unroll
@@ -102,7 +93,7 @@ __global__ void __launch_bounds__(kSide* kRows)
 #pragma unroll
     for (int i = 0; i < kSide / kRows; ++i) {
       const int64_t row = at.row + threadIdx.y + i * kRows, column = at.column + threadIdx.x;
-      if (row < shape.height && column < shape.width) store(sum[i], x[at.image * tokens + row * shape.width + column]);
+      if (row < shape.height && column < shape.width) narrow(sum[i], x[at.image * tokens + row * shape.width + column]);
     }
   }
 }
@@ -115,8 +106,7 @@ void launch(void (*kernel)(CrossScanProblem, const T*, T*, int64_t), const Cross
   const auto grid = static_cast<unsigned>(std::min<int64_t>(squares, 1 << 30));
   kernel<<<grid, dim3(kSide, kRows), 0, static_cast<cudaStream_t>(stream)>>>(shape, static_cast<const T*>(from),
                                                                              static_cast<T*>(to), squares);
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) throw std::runtime_error(std::string("cross_scan launch: ") + cudaGetErrorString(status));
+  check(cudaGetLastError(), "cross_scan launch");
 }
 
 }  // namespace

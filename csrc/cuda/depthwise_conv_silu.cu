@@ -321,8 +321,7 @@ dim3 lay_out(const DepthwiseConvProblem& problem, const DepthwiseConvInputs& inp
   int64_t lanes = std::gcd(vectors, int64_t{vec >= 4 ? 16 : kMaxLanes});
   if (lanes < 8) lanes = vec >= 4 ? 16 : kMaxLanes;
   while (lanes / 2 >= vectors) lanes /= 2;
-  params.lane_shift = 0;
-  while ((1 << params.lane_shift) < lanes) ++params.lane_shift;
+  params.lane_shift = shift_of(lanes);
   const int64_t groups = ceil_div(vectors, lanes), seats = kThreads / lanes;
   params.across = static_cast<int>(ceil_div(problem.width, seats * cols));
   int device = 0, multiprocessors = 0;

@@ -1,11 +1,11 @@
-// Host side of the ss2d kernels: block layout, chunking and the cooperative launch.
+// Host side of the kernels: errors and small arithmetic; of those of ss2d also block layout, chunking and the
+// cooperative launch.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <limits>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -81,9 +81,9 @@ inline const Device& device_for(const void* kernel) {
   int number = 0;
   check(cudaGetDevice(&number), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] = known.try_emplace({number, kernel});
-  Device& device = at->second;
-  if (!is_new) return device;
+  const auto at = known.find({number, kernel});
+  if (at != known.end()) return at->second;
+  Device device;
   device.number = number;
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
@@ -98,7 +98,7 @@ inline const Device& device_for(const void* kernel) {
     device.shared_bytes = std::min(device.shared_bytes, std::atoi(limit));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes),
         "cudaFuncSetAttribute");
-  return device;
+  return known[{number, kernel}] = device;
 }
 
 // Blocks of this kernel that the current device holds at once, asked once likewise; 0 where one does not fit.

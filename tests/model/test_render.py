@@ -37,11 +37,13 @@ def made_up(names):
     return {"environment": where, "rows": rows, "ceilings": rates}
 
 
-def test_the_readme_is_what_render_writes(render):
+def test_the_readme_and_the_report_are_what_render_writes(render, tmp_path):
     text = (ROOT / "README.md").read_text()
-    assert render.speed_table(render.load("ss2d_cuda")) in text
-    assert render.cpu_table(render.load("ss2d_cpu")) in text
-    assert render.network_table(["model_cuda", "model_small_cuda"]) in text
+    for name, table in render.readme_tables().items():
+        assert f"<!-- table {name} -->\n{table}\n<!-- end {name} -->" in text
+    pytest.importorskip("matplotlib")
+    render.write_report(tmp_path)
+    assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 def test_tables_and_plots_of_results_with_peers(render, tmp_path, monkeypatch):

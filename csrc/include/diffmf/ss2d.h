@@ -93,7 +93,7 @@ struct SS2DOutputs {
   void* last_state;  // [M, B, K, N, D], float: the state after the last token; null: not wanted
 };
 
-// Gradients, contiguous, in the layout of the inputs (with a K axis on dx iff x_strides.path != 0 or x_per_path).
+// Gradients, contiguous, in the layout of the inputs (with a K axis on dx iff x_per_path).
 struct SS2DGradients {
   const void* dy;      // [M, B, H, W, D] contiguous, dtype
   const void* states;  // as saved by the forward pass
