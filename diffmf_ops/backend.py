@@ -34,7 +34,7 @@ def check_device(name: str, tensor: torch.Tensor) -> None:
     kind = tensor.device.type
     if kind == "cuda" and not has_cuda() and import_error is None:
         raise ValueError(f"{name}: on {tensor.device}, but diffmf was built without CUDA; reinstall it with nvcc")
-    if kind not in ("cpu", "cuda"):
+    if kind not in ("cpu", "cuda", "meta"):  # of meta tensors PyTorch asks for shapes only
         raise ValueError(f"{name}: on {tensor.device}, expected a cpu or cuda tensor")
 
 

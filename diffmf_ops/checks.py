@@ -35,11 +35,11 @@ def check_once(check: Callable, *arguments) -> None:
 
 
 def cast(dtype: torch.dtype, **tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in this dtype; None stays None. Raises TypeError, naming the argument, for anything else."""
+    """The floating-point tensors in this dtype, others and None as they are; TypeError names what is no tensor."""
     for name, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: a {type(tensor).__name__}, expected a tensor")
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors.values()]
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors.values()]
 
 
 def check_rank(name: str, tensor: torch.Tensor, ranks: tuple[int, ...], layout: str) -> None:

@@ -49,6 +49,8 @@ def cross_merge(y: torch.Tensor, shape: Sequence[int], paths: Sequence[int] = (0
     if len(shape) != 2:
         raise ValueError(f"shape: {tuple(shape)}, expected (H, W)")
     height, width = shape
+    check_range("shape: height", height, 1, 2**20)
+    check_range("shape: width", width, 1, 2**20)
     check_range("shape: height * width", height * width, 1, 2**30)
     check_shape("y", y, (y.shape[0], len(paths), y.shape[2], height * width), "(B, K, C, H·W)")
     check_activation("y", y, scan.ACTIVATIONS)

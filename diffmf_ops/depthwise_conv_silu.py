@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backend, scan
-from .checks import check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
+from .checks import cast, check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
 from .dispatch import Operator, autocast_dtype
 
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -33,8 +33,8 @@ def depthwise_conv_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
         check_rank("bias", bias, (1, 2), "(D,), or with a leading M")
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x = x.to(dtype)
-        weight, bias = weight.float(), None if bias is None else bias.float()
+        (x,) = cast(dtype, x=x)
+        weight, bias = cast(torch.float32, weight=weight, bias=bias)
     check_once(_check_arguments, x, weight, bias)
     return _depthwise_conv_silu(x, weight, bias)
 

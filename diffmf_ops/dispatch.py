@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -13,8 +14,9 @@ class Operator:
     """`kernel` as the operator diffmf::NAME (of its name, without leading underscore) of torch.library.
 
     A call goes through PyTorch's dispatcher where something must see it: torch.compile, torch.export, a dispatch mode,
-    a tensor subclass. Otherwise it goes straight to the kernel, under an autograd function of its own if a gradient is
-    wanted: registered operators take several times the CPU time of a small launch, and torch.func refuses them.
+    a profiler, a tensor subclass, a tensor of the meta device or one that is a negated view. Otherwise it goes straight
+    to the kernel, under an autograd function of its own if a gradient is wanted: registered operators take several
+    times the CPU time of a small launch, and torch.func refuses them.
     """
 
     def __init__(self, kernel: Callable):
@@ -55,6 +57,8 @@ class Operator:
     def __call__(self, *arguments):
         if torch.compiler.is_compiling() or _watched(arguments):
             return self.registered(*arguments)
+        if _has_tangent(arguments):
+            raise NotImplementedError(f"{self.name}: forward-mode differentiation is not supported")
         if _transformed():
             return self.transformable.apply(*arguments)
         if wants_gradient(arguments):
@@ -68,8 +72,13 @@ def is_plain(arguments) -> bool:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What autocast makes of the activation x; None without autocast, and for float64, which it leaves alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    """What autocast makes of the activation x; None without autocast, and for float64, which it leaves alone.
+
+    Meta tensors are in nobody's autocast.
+    """
+    if x.is_meta or x.dtype == torch.float64:
+        return None
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
 
@@ -82,10 +91,18 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _has_tangent(arguments) -> bool:
+    """Whether a derivative is wanted by forward-mode differentiation, which the kernels do not have."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments)
+
+
 def _watched(arguments) -> bool:
-    """Whether a mode or a tensor subclass must see the call."""
+    """Whether a mode, a profiler or a tensor that is more than its memory must see the call."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
-        or any(isinstance(a, torch.Tensor) and type(a) not in PLAIN for a in arguments)
+        or torch.autograd._profiler_enabled()
+        or any(isinstance(a, torch.Tensor) and (type(a) not in PLAIN or a.is_meta or a.is_neg()) for a in arguments)
     )

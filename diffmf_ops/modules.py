@@ -103,18 +103,18 @@ class _Project(torch.autograd.Function):
         return dx if of_x else None, dweight
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """A linear layer on the last axis, with its own weights per modality when modalities is 2.
 
     weight ([M,] O, I), bias ([M,] O). A 1x1 convolution's weight (O, I, 1, 1) loads too, as it does in VMamba.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, modalities: int = 1):
-        super().__init__()
-        lead = () if modalities == 1 else (modalities,)
-        bound = in_features**-0.5
-        self.weight = nn.Parameter(torch.empty(*lead, out_features, in_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(*lead, out_features).uniform_(-bound, bound)) if bias else None
+        super().__init__(in_features, out_features, bias)
+        if modalities > 1:
+            bound = in_features**-0.5  # as nn.Linear has it
+            self.weight = _uniform(bound, modalities, out_features, in_features)
+            self.bias = _uniform(bound, modalities, out_features) if bias else None
         self.register_load_state_dict_pre_hook(_flatten_pointwise_weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class DepthwiseConv(nn.Module):
         return y.permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor, act: nn.Module) -> Tensor:
-        if isinstance(act, nn.SiLU) and self.weight.shape[-1] in KERNEL_SIZES:
+        if type(act) is nn.SiLU and self.weight.shape[-1] in KERNEL_SIZES:
             dtype = torch.promote_types(x.dtype, torch.float32)
             return depthwise_conv_silu(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         if self.weight.dim() == 4:
@@ -188,7 +188,7 @@ class DropPath(nn.Module):
         if self.probability == 0 or not self.training:
             return x
         keep = 1 - self.probability
-        return x * x.new_empty((*x.shape[:-3], 1, 1, 1)).bernoulli_(keep) / keep
+        return x * x.new_empty((*x.shape[:-3], 1, 1, 1)).bernoulli_(keep).div_(keep or 1)
 
 
 class SS2D(nn.Module):
@@ -237,6 +237,8 @@ class SS2D(nn.Module):
             raise ValueError(f"initialize: expected 'v0', found {initialize!r}")
         if modalities not in (1, 2):
             raise ValueError(f"modalities: expected 1 or 2, found {modalities!r}")
+        if d_conv > 1 and d_conv % 2 == 0:
+            raise ValueError(f"d_conv: expected an odd size (1 or less: no convolution), found {d_conv}")
         if exchange not in EXCHANGE_SOURCES:
             raise ValueError(f"exchange: expected one of {', '.join(EXCHANGE_SOURCES)}, found {exchange!r}")
         if modalities == 1 and (exchange != "none" or reproject):
@@ -264,20 +266,24 @@ class SS2D(nn.Module):
             decay = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(*lead, paths * inner, 1)
         self.A_logs = nn.Parameter(decay)
         self.Ds = nn.Parameter(torch.ones(*lead, paths * inner))
+        self.A_logs._no_weight_decay = self.Ds._no_weight_decay = True  # as in VMamba, for whoever groups parameters
         if reproject:
             width = inner + 2 * d_state
             self.exchange_proj_weight = _uniform(inner**-0.5, *lead, paths, width, inner)
             self.exchange_reproj_weight = _uniform(width**-0.5, *lead, paths, inner, width)
         self.out_norm = nn.Identity() if "_onnone" in options else LayerNorm(inner, modalities)
         self.out_act = nn.GELU() if "_oact" in options else nn.Identity()
-        self.fused_gate = (
-            self.gate_act
-            and isinstance(self.act, nn.SiLU)
-            and isinstance(self.out_norm, LayerNorm)
-            and isinstance(self.out_act, nn.Identity)
-        )
         self.out_proj = Linear(inner, d_model, bias, modalities)
         self.dropout = nn.Dropout(dropout)
+
+    def _gates_in_norm(self) -> bool:
+        """Whether act(z) can be applied by out_norm; whatever the submodules are by now."""
+        return (
+            self.gate_act
+            and type(self.act) is nn.SiLU
+            and isinstance(self.out_norm, LayerNorm)
+            and type(self.out_act) is nn.Identity
+        )
 
     def _exchanged_tokens(self, x: Tensor) -> Tensor:
         """x (2, B, H, W, D) -> Projection[x, B, C] of Eqs. 5 and 6, (2, B, H, W, K, D)."""
@@ -319,7 +325,7 @@ class SS2D(nn.Module):
             x, z = x.chunk(2, dim=-1)
         x = self.act(x) if self.conv2d is None else self.conv2d(x, self.act)
         y = self.scan(x)
-        if self.gated and self.fused_gate:
+        if self.gated and self._gates_in_norm():
             y = self.out_norm(y, z)
         else:
             y = self.out_act(self.out_norm(y))

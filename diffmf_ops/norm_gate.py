@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backend, scan
-from .checks import check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
+from .checks import cast, check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
 from .dispatch import Operator, autocast_dtype
 
 
@@ -34,7 +34,8 @@ def norm_gate(
     if z is not None:
         check_rank("z", z, (4, 5), "the shape of y")
     if autocast_dtype(y) is not None:
-        weight, bias, z = weight.float(), bias.float(), None if z is None else z.to(y.dtype)
+        weight, bias = cast(torch.float32, weight=weight, bias=bias)
+        (z,) = cast(y.dtype, z=z)
     check_once(_check_arguments, y, weight, bias, z)
     return _norm_gate(y, weight, bias, z, eps)
 

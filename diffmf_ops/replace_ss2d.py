@@ -34,7 +34,7 @@ def replace_ss2d(network: nn.Module, layer: type[nn.Module]) -> int:
         if isinstance(child, layer) and not isinstance(child, SS2D)
     ]
     if not places:
-        raise ValueError(f"network: found no {layer.__name__} in a {type(network).__name__}, expected at least one")
+        raise ValueError(f"network: found no {layer.__name__} inside a {type(network).__name__}, expected at least one")
     replacements = {}
     for _, path, _, old in places:
         if old not in replacements:
@@ -89,11 +89,23 @@ def _replacement(path: str, old: nn.Module) -> SS2D:
 
 @torch.no_grad()
 def _check_equal(path: str, old: nn.Module, new: SS2D) -> None:
-    """Runs both as they are and without the skip, beside which the scan hardly shows before training."""
+    """Runs both as they are and without the skip, beside which the scan hardly shows before training.
+
+    Parameters that are zero, as the last of a residual branch may be at first, would hide all before them: both get the
+    same random ones.
+    """
     device = new.out_proj.weight.device
-    shape = (1, new.d_model, 5, 7) if new.channel_first else (1, 5, 7, new.d_model)
-    picture = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+    picture = random((1, new.d_model, 5, 7) if new.channel_first else (1, 5, 7, new.d_model))
     old, new = (copy.deepcopy(layer).float().eval() for layer in (old, new))
+    of_old = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        if not parameter.any():
+            of_old[name].copy_(parameter.copy_(random(parameter.shape)))
     for skip in (1, 0):
         outputs = []
         for layer in (old, new):

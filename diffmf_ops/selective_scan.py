@@ -29,8 +29,8 @@ def selective_scan(
     Args:
         u, delta: (B, D, L), float32, bfloat16 or float16 (float64 on the CPU), of one dtype, as B, C and z.
         A: (D, N), real, float32 (float64 with float64 u), as D and delta_bias.
-        B, C: (D, N), (B, N, L) or (B, G, N, L) with G a divisor of D. Constant ones of shape (D, N) are expanded over
-            the sequence: right, but neither fast nor small.
+        B, C: (D, N), (B, N, L) or (B, G, N, L) with G a divisor of D. Constant ones of shape (D, N), which may have
+            the dtype of A, are expanded over the sequence: right, but neither fast nor small.
         D, delta_bias: (D,) or None.
         z: (B, D, L) or None.
         delta_softplus: apply softplus to delta + delta_bias.
@@ -88,6 +88,8 @@ def check_arguments(u, delta, A, B, C, D, z, delta_bias) -> None:
         ("delta", delta, u.dtype), ("B", B, u.dtype), ("C", C, u.dtype), ("z", z, u.dtype),
         ("A", A, wanted), ("D", D, wanted), ("delta_bias", delta_bias, wanted),
     ):  # fmt: skip
+        if name in ("B", "C") and tensor.dim() == 2 and tensor.dtype == wanted:
+            dtype = wanted
         if tensor is not None:
             check_dtype(name, tensor, dtype, f"beside {u.dtype} u")
             check_device(name, tensor, u.device, "u")
@@ -99,7 +101,7 @@ def _grouped(B, C, u):
 
     def grouped(tensor):
         if tensor.dim() == 2:
-            return tensor[None, :, :, None].expand(batch, -1, -1, length)
+            return tensor.to(u.dtype)[None, :, :, None].expand(batch, -1, -1, length)
         return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
     B, C = grouped(B), grouped(C)
@@ -127,7 +129,9 @@ def _per_group(parameter, groups):
 
 def _scan_arguments(u, delta, A, B, C, D, delta_bias):
     groups = B.shape[1]
-    proj = torch.cat([B, C], dim=2).permute(1, 0, 3, 2)[:, :, None, :, None]  # (G, B, 1, L, 1, 2N)
+    rows = B.new_empty((*B.shape[:2], 2 * B.shape[2], B.shape[3]))
+    torch.cat([B, C], dim=2, out=rows)  # autocast lets this form alone
+    proj = rows.permute(1, 0, 3, 2)[:, :, None, :, None]  # (G, B, 1, L, 1, 2N)
     return (
         _tokens(u, groups), proj, _tokens(delta, groups).unsqueeze(4), None,
         *(_per_group(t, groups) for t in (delta_bias, A, D)),
@@ -216,8 +220,9 @@ def _save_inputs(ctx, inputs, output):
 def _gradients(ctx, dy, _dlast, _dstates):
     if dy is None:
         return (None,) * 10
-    *gradients, dD, dbias = _selective_scan_backward(dy, *ctx.saved_tensors, ctx.delta_softplus)
-    D, delta_bias = ctx.saved_tensors[-2:]
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes it at every look
+    *gradients, dD, dbias = _selective_scan_backward(dy, *saved, ctx.delta_softplus)
+    D, delta_bias = saved[-2:]
     return *gradients, None if D is None else dD, None if delta_bias is None else dbias, None, None, None
 
 

@@ -191,9 +191,9 @@ def _save_inputs(ctx, inputs, output):
 def _gradients(ctx, dy, _dstates):
     if dy is None:
         return (None,) * 10
-    gradients = _ss2d_backward(dy, *ctx.saved_tensors, ctx.paths, ctx.exchange, ctx.discretization)
-    has_skip = ctx.saved_tensors[-1] is not None
-    return *gradients[:5], gradients[5] if has_skip else None, None, None, None, None
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes it at every look
+    *gradients, dD = _ss2d_backward(dy, *saved, ctx.paths, ctx.exchange, ctx.discretization)
+    return *gradients, None if saved[-1] is None else dD, None, None, None, None
 
 
 _ss2d.register_autograd(_gradients, setup_context=_save_inputs)

@@ -79,6 +79,12 @@ def test_any_strides(device):
     assert torch.equal(depthwise_conv_silu(x, weight, bias), depthwise_conv_silu(x.contiguous(), weight, bias))
 
 
+def test_silu_of_very_negative_values(device):
+    x = torch.tensor([-80.0, -3e38, 3e38, -float("inf"), float("inf"), float("nan")], device=device).view(1, 1, 1, 6)
+    y = depthwise_conv_silu(x, torch.ones(6, 1, 1, 1, device=device))
+    torch.testing.assert_close(y, torch.nn.functional.silu(x), equal_nan=True, rtol=1e-5, atol=1e-36)
+
+
 def test_the_same_bits_again(device):
     tensors = make_inputs((2,), (2, 50, 45, 64), 3, True, device)
     seed = torch.randn(tensors[0].shape, device=device)

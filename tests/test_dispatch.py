@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmf_ops import backend, cross_scan, depthwise_conv_silu
@@ -50,6 +51,39 @@ def test_tensor_subclasses_see_the_operators():
     with torch._subclasses.FakeTensorMode():
         x, weight, bias = inputs()
         assert depthwise_conv_silu(x, weight, bias).shape == x.shape
+
+
+def test_meta_tensors_have_shapes_only():
+    x, weight, bias = (t.to("meta") for t in inputs())
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = depthwise_conv_silu(x, weight, bias)
+        assert y.is_meta and y.shape == x.shape
+
+
+def test_negated_views_have_their_sign():
+    x = torch.randn(2, 5, 6, 1, dtype=torch.complex64).conj().imag
+    _, weight, _ = inputs()
+    assert x.is_neg()
+    found = depthwise_conv_silu(x, weight[:1])
+    assert torch.equal(found, depthwise_conv_silu(x.clone(), weight[:1]))
+
+
+def test_profilers_name_the_operators():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        depthwise_conv_silu(*inputs())
+    assert "diffmf::depthwise_conv_silu" in {event.key for event in profile.key_averages()}
+
+
+def test_forward_mode_differentiation_is_refused():
+    x, weight, bias = inputs()
+    message = "diffmf::depthwise_conv_silu: forward-mode differentiation is not supported"
+    with forward_ad.dual_level():
+        depthwise_conv_silu(x, weight, bias)
+        with pytest.raises(NotImplementedError, match=message):
+            depthwise_conv_silu(forward_ad.make_dual(x, torch.ones_like(x)), weight, bias)
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda t: depthwise_conv_silu(t, weight, bias), (x,), (torch.ones_like(x),))
 
 
 def test_arguments_that_passed_a_check_pass_it_again_without_it():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from diffmf_ops.modules import SS2D, VSSBlock, _one_more_rank, linear, project
 from diffmf_ops.reference import EXCHANGE_SOURCES
@@ -221,6 +222,31 @@ def test_two_modalities_are_two_blocks(mlp_ratio):
             assert relative_error(found[modality], single(x[modality]).double()) < FP32
 
 
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_empty_batch(modalities):
+    block = VSSBlock(8, ssm_d_state=3, mlp_ratio=2.0, modalities=modalities)
+    x = torch.empty((2, 0, 4, 5, 8) if modalities == 2 else (0, 4, 5, 8), requires_grad=True)
+    y = block(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+
+
+def test_an_activation_that_is_replaced_later_also_gates():
+    layer = SS2D(8, d_state=3)
+    x = torch.randn(1, 4, 5, 8)
+    layer.act = nn.GELU()
+    other = SS2D(8, d_state=3, act_layer=nn.GELU)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+
+
+def test_whoever_sorts_modules_and_parameters_knows_them():
+    """As VMamba's initialization and optimizers do: linear layers, and what has no weight decay."""
+    layer = SS2D(8)
+    assert isinstance(layer.in_proj, nn.Linear) and isinstance(layer.out_proj, nn.Linear)
+    assert layer.A_logs._no_weight_decay and layer.Ds._no_weight_decay
+
+
 @pytest.mark.parametrize("exchange", EXCHANGE_SOURCES)
 def test_direct_exchange(exchange):
     op = randomize(SS2D(8, d_state=3, modalities=2, exchange=exchange))
@@ -283,6 +309,7 @@ def test_drop_path_drops_whole_samples():
         twice = block(x) - x
         kept = twice.abs().amax((2, 3, 4)) > 0
         assert torch.allclose(twice[kept], 2 * full[kept], rtol=1e-4, atol=1e-5)
+        assert torch.equal(VSSBlock(4, ssm_d_state=1, drop_path=1.0, mlp_ratio=0.0, modalities=2)(x), x)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +323,7 @@ def test_drop_path_drops_whole_samples():
         ({"exchange": "mutual"}, "needs modalities=2"),
         ({"reproject": True}, "needs modalities=2"),
         ({"channel_first": True, "modalities": 2}, "channel_first=True needs modalities=1"),
+        ({"d_conv": 4}, "d_conv: expected an odd size .*found 4"),
     ],
 )
 def test_unsupported_options_are_refused(options, message):

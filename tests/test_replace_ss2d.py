@@ -107,6 +107,28 @@ def test_keeps_dropout_mode_dtype_and_sharing():
     assert network[0].out_proj.weight.dtype == torch.float16 and not network[0].A_logs.requires_grad
 
 
+def test_layers_whose_output_starts_at_zero_are_compared_too():
+    def zero(layer):
+        nn.init.zeros_(layer.out_proj.weight)
+        return layer
+
+    network = nn.Sequential(zero(ScanLayer()))
+    assert replace_ss2d(network, ScanLayer) == 1
+    assert not network[0].out_proj.weight.any()
+    with pytest.raises(ValueError, match="relative difference"):
+        replace_ss2d(nn.Sequential(zero(ScanLayer(paths=(1, 0, 2, 3)))), ScanLayer)
+
+
+def test_whatever_the_default_dtype():
+    network = nn.Sequential(ScanLayer())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert replace_ss2d(network, ScanLayer) == 1
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert network[0].A_logs.dtype == torch.float32
+
+
 class Transposed(ScanLayer):
     def forward(self, x):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
@@ -139,7 +161,7 @@ def test_refuses_what_computes_something_else(layer, message):
 
 
 def test_needs_a_layer_to_replace():
-    with pytest.raises(ValueError, match="found no ScanLayer in a Sequential"):
+    with pytest.raises(ValueError, match="found no ScanLayer inside a Sequential"):
         replace_ss2d(nn.Sequential(nn.Linear(2, 2)), ScanLayer)
 
 

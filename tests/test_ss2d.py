@@ -214,6 +214,26 @@ def test_autocast_casts_activations_and_keeps_parameters(device):
     assert torch.equal(y, ss2d(*rounded))
 
 
+def test_autocast_hides_no_bad_input(device):
+    x, proj, *parameters = make_inputs(device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match=r"x: dtype .*int32"):
+            ss2d(x.int(), proj, *parameters)
+        with pytest.raises(TypeError, match=r"proj: dtype .*complex64"):
+            ss2d(x, proj + 1j, *parameters)
+        with pytest.raises(TypeError, match="proj: a list"):
+            ss2d(x, [proj], *parameters)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(device, reentrant):
+    tensors = [t.requires_grad_() for t in make_inputs(device=device)]
+    expected = torch.autograd.grad(ss2d(*tensors).square().sum(), tensors)
+    y = torch.utils.checkpoint.checkpoint(ss2d, *tensors, use_reentrant=reentrant)
+    y.square().sum().backward()
+    assert all(torch.equal(t.grad, wanted) for t, wanted in zip(tensors, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("exchange", ["none", "mutual"])
 def test_opcheck(device, dtype, exchange):

@@ -11,7 +11,8 @@ namespace diffmf::cpu::DIFFMF_ISA {
 namespace {
 
 inline FloatV sigmoid(FloatV v) {
-  const FloatV e = exp_nonpositive(-absolute(v)), inverse = 1.f / (e + 1.f);
+  const FloatV e = v < -87.f ? FloatV{} : exp_nonpositive(-absolute(v));  // not 2^-126, times a v that may be great
+  const FloatV inverse = 1.f / (e + 1.f);
   return v < 0.f ? e * inverse : inverse;
 }
 inline DoubleV sigmoid(DoubleV v) {
