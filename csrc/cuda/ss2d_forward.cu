@@ -197,7 +197,7 @@ ForwardKernel kernel_of(const SS2DProblem& problem, const Share& share) {
 }
 
 // The share with the least work for a token among those with so many states at most: instructions per state, channel
-// and warp, estimated.
+// and warp, estimated; more where threads share a channel, less where no tile is partly filled (ForwardParams::whole).
 Layout layout_of(const SS2DProblem& problem, int most_states) {
   Layout best{};
   auto take = [&](const Share& share, int lanes, int block_channels) {
@@ -213,6 +213,7 @@ Layout layout_of(const SS2DProblem& problem, int most_states) {
     take(share, 1, share.channels);
     return best;
   }
+  const double of_state = has_shared_decay(problem) ? 3.0 : 5.0;
   double least = 0;
   for (const Share& share : kShares) {
     if (share.states > most_states || kernel_of(problem, share) == nullptr) continue;
@@ -221,7 +222,10 @@ Layout layout_of(const SS2DProblem& problem, int most_states) {
     if (lanes > 32) continue;
     const int block_channels = 32 / lanes * share.channels;
     const int64_t groups = ceil_div(problem.channels, block_channels);
-    const double work = groups * (5.0 * share.states * share.channels + 20.0 * share.channels / lanes + 30.0);
+    const bool fills = lanes == 1 && share.states == problem.states && problem.channels % block_channels == 0;
+    const double of_warp =
+        of_state * share.states * share.channels + 20.0 * share.channels / lanes + (lanes > 1 ? 33.0 : 26.0);
+    const double work = groups * of_warp * (fills ? 0.85 : 1.0);
     if (least > 0 && work >= least) continue;
     least = work;
     take(share, lanes, block_channels);
