@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
         overrides, settings = waiting[name]
         folder = output / name
         command = [sys.executable, "-m", "diffmf_model", "train", "--data", str(args.data), "--output", str(folder)]
-        command += ["--resume", "--config", args.config, "--device", str(device), *overrides]
+        command += ["--resume"] if (folder / "state.safetensors").exists() else []
+        command += ["--config", args.config, "--device", str(device), *overrides]
         failure = _train(command, folder, args.jobs)
         if failure is not None:
             print(f"diffmf: {name}: training failed: {failure} ({folder / 'train.log'})", file=sys.stderr, flush=True)

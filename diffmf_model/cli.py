@@ -1,6 +1,7 @@
 """The `diffmf` command: a table of subcommands, each a module with `add_arguments(parser)` and `run(args) -> int`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,10 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser.parse_args(argv)  # says what is wrong with the rest, if there is one
         else:
             args.overrides += rest
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print("diffmf: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 141
     except KeyboardInterrupt:
         print("diffmf: interrupted", file=sys.stderr)
         return 130

@@ -29,9 +29,9 @@ def _within(default: float, minimum: float, maximum: float = float("inf")):
 class ModelConfig:
     """The network and its ablations (Tables II to VI of the paper)."""
 
-    d_model: int = _within(32, 1)  # C
+    d_model: int = _within(32, 2)  # C
     d_state: int = _within(16, 1, 256)  # N
-    ssm_ratio: float = _within(2.0, 0.5)  # D / C
+    ssm_ratio: float = _within(2.0, 0.5, 64.0)  # D / C
     scalar_decay: bool = False  # one decay per channel for all states (the SSD form of A)
     patch_size: int = _within(1, 1, 16)  # pixels of a token along either axis; 1 in the paper's network
     stages: int = _within(4, 1)
@@ -47,7 +47,7 @@ class ModelConfig:
     gate: Literal["eq8", "fig2"] = "eq8"
     spatial_exchange: bool = True
     decoder_layers: int = _within(1, 1)  # convolutions before the one that makes the image
-    decoder_ratio: float = _within(1.0, 0.1)  # their width / C
+    decoder_ratio: float = _within(1.0, 0.1, 64.0)  # their width / C
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrainConfig:
     ema: float = _within(0.0, 0.0, 0.99999)  # decay of the averaged weights; 0 for none
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False  # the training step's network by torch.compile
-    seed: int = _within(0, 0)
+    seed: int = _within(0, 0, 2**63 - 1)
     validate_epochs: int = _within(1, 1)
     save_steps: int = _within(200, 1)
     max_minutes: float = _within(0.0, 0.0)  # stop after saving; 0 for no limit
@@ -199,7 +199,7 @@ def _bundled_names() -> str:
 
 def _read_toml(file: str | Path) -> dict[str, Any]:
     bundled = BUNDLED / f"{file}.toml"
-    path = bundled if bundled.is_file() and not Path(file).exists() else Path(file)
+    path = bundled if bundled.is_file() and not Path(file).is_file() else Path(file)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

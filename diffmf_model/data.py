@@ -50,13 +50,17 @@ def find_pairs(root: str | Path) -> list[Pair]:
 def read_names(path: str | Path) -> list[str]:
     """The names in a text file, one a line, blank lines skipped; an image extension is dropped. Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a list of names ({error})") from error
     names = [Path(line.strip()) for line in lines if line.strip()]
     if not names:
         raise UserError(f"{path}: holds no names")
-    return [name.stem if name.suffix.lower() in EXTENSIONS else name.name for name in names]
+    names = [name.stem if name.suffix.lower() in EXTENSIONS else name.name for name in names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: holds {listed(twice)} more than once")
+    return names
 
 
 class PairDataset(Dataset):

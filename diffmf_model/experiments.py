@@ -46,9 +46,12 @@ def read_run(folder: Path) -> dict:
         raise UserError(f"{folder}: not the folder of a training run ({error})") from error
     saved = record.get("config") or read_training_state(folder / "state.safetensors")[1]["config"]
     config = updated(Config(), saved, where=f"{folder}: ")
-    return {"name": folder.name, "config": config, "steps": len(lines), "best": best[-1] if best else None} | {
-        key: record.get(key) for key in ("images_per_second", "environment", "planned_steps")
-    }
+    return {
+        "name": folder.resolve().name,
+        "config": config,
+        "steps": len(lines),
+        "best": best[-1] if best else None,
+    } | {key: record.get(key) for key in ("images_per_second", "environment", "planned_steps")}
 
 
 def differences(config: Config) -> list[str]:

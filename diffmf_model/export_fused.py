@@ -57,16 +57,19 @@ def run(args: argparse.Namespace) -> int:
     weights = hashlib.sha256(resolve_weights(args.weights).read_bytes()).hexdigest()
     _check_continues(output / RECORD, {"root": str(root.resolve()), "weights": weights, "grey": args.grey})
 
-    sources = {source for _, ir, vi in places for source in (ir, vi)}
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and not sources & set(p.parents)):
-        _copy(path, output / path.relative_to(root))
     targets = []
     for (folder, _, vi), (_, pairs, _) in zip(places, work, strict=True):
         target = output / folder.relative_to(root) / ("images" if folder in labels else vi.name)
-        target.mkdir(parents=True, exist_ok=True)
         targets += [(pair, target / f"{pair.name}.png") for pair in pairs]
-        if folder in labels:
-            write_yolo(target.parent, labels[folder], args.seed)
+    taken = {path for _, path in targets}
+    sources = {source for _, ir, vi in places for source in (ir, vi)}
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and not sources & set(p.parents)):
+        if output / path.relative_to(root) not in taken:
+            _copy(path, output / path.relative_to(root))
+    for path in {path.parent for path in taken}:
+        path.mkdir(parents=True, exist_ok=True)
+    for folder in labels:
+        write_yolo(output / folder.relative_to(root), labels[folder], args.seed)
     missing = [(pair, path) for pair, path in targets if not path.exists()]
     failed = fuse_all(missing, model, device, args.grey)
     there = len(targets) - len(missing)
@@ -166,11 +169,15 @@ def _check_continues(path: Path, record: dict) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if target.exists() and target.stat().st_size == source.stat().st_size:
+    def stamp(path):
+        return path.stat().st_size, path.stat().st_mtime_ns
+
+    if target.exists() and stamp(target) == stamp(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as file, open(source, "rb") as original:
         shutil.copyfileobj(original, file)
+    shutil.copystat(source, target)
 
 
 def _write(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16 is faster on a GPU and changes pixels by up to 3 of 255 (default: %(default)s)",
+        help="bf16 is faster on a GPU and changes pixels by up to 4 of 255 (default: %(default)s)",
     )
     parser.add_argument("--grey", action="store_true", help="write grey images also where the visible one has colour")
 
@@ -71,8 +71,10 @@ def fuse_images(
     model: a network on `device`, in eval mode; None takes the weights that the package carries.
     Returns (C, H, W) float32 in [0, 1] on the CPU: the fused Y, under the visible image's Cb and Cr where it has colour
     (unless `grey`), with the visible image's alpha where it has one.
-    Raises UserError for unreadable files, sizes that differ, too little GPU memory and weights that give NaN.
+    Raises UserError for unreadable files, tensors that are no such images, sizes that differ, a device that is absent,
+    too little memory and weights that give NaN.
     """
+    device = select_device(str(device))
     model = load_model(None, device) if model is None else model
     ir, vi = _read_pair(ir, vi)
     return _finished(fuse_luma(model, luma(ir), luma(vi), device).cpu(), vi, grey)
@@ -124,9 +126,24 @@ def _ahead(items: Iterator) -> Iterator:
 
 def _read_pair(ir: str | Path | torch.Tensor, vi: str | Path | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     names = [str(image) if isinstance(image, str | Path) else name for name, image in (("ir", ir), ("vi", vi))]
-    ir, vi = (read_image(image) if isinstance(image, str | Path) else image for image in (ir, vi))
+    ir, vi = (
+        read_image(image) if isinstance(image, str | Path) else _checked(name, image)
+        for name, image in (("ir", ir), ("vi", vi))
+    )
     check_same_size(*names, ir.shape[1:], vi.shape[1:])
     return ir, vi
+
+
+def _checked(name: str, image: torch.Tensor) -> torch.Tensor:
+    """The image; UserError unless it is as `read_image` gives them."""
+    expected = "expected a path or a float tensor (C, H, W) in [0, 1], C = 1 … 4"
+    if not isinstance(image, torch.Tensor):
+        raise UserError(f"{name}: a {type(image).__name__}, {expected}")
+    if not image.is_floating_point() or image.dim() != 3 or not 1 <= len(image) <= 4:
+        raise UserError(f"{name}: {image.dtype} of shape {tuple(image.shape)}, {expected}")
+    if image.numel() > 0 and not (image.min() >= 0 and image.max() <= 1):
+        raise UserError(f"{name}: values from {image.min():g} to {image.max():g}, {expected}")
+    return image
 
 
 def _write_fused(path: Path, y: torch.Tensor, vi: torch.Tensor, grey: bool) -> None:
@@ -155,7 +172,9 @@ def fuse_luma(
     """The network's fused Y of one pair, all (1, H, W) in [0, 1]. Raises UserError as `fuse_images` does."""
     try:
         y = model(ir[None].to(device), vi_y[None].to(device))[0].float()
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # on the CPU PyTorch has no class for it
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
         raise UserError(f"{device} has too little memory for a pair of {ir.shape[2]}x{ir.shape[1]} pixels") from error
     if not y.isfinite().all():
         raise UserError("the network gives NaN or Inf for this pair; are the weights good?")

@@ -19,7 +19,8 @@ from .errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 # What Pillow's decoders raise on a damaged file, depending on the format and on where the damage lies.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_DECODE_ERRORS += (Image.DecompressionBombError, MemoryError)
 
 
 def decode(path: str | os.PathLike) -> np.ndarray:
@@ -34,7 +35,8 @@ def decode(path: str | os.PathLike) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: expected an image file, found a folder")
     try:
-        with Image.open(path) as image:
+        # A file, not its name: by name Pillow maps plain TIFFs into memory, and turns those wrongly (seen in 13.0).
+        with open(path, "rb") as file, Image.open(file) as image:
             image.load()
             array = np.asarray(_plain_mode(ImageOps.exif_transpose(image)))
     except _DECODE_ERRORS as error:

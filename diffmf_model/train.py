@@ -16,7 +16,9 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +39,13 @@ from .checkpoint import (
     save_training_state,
     select_device,
 )
-from .config import Config, TrainConfig, add_config_argument, load_config, to_dict, updated
+from .config import Config, ModelConfig, TrainConfig, add_config_argument, load_config, to_dict, updated
 from .cuda_graph import captured
 from .data import PairDataset, RandomCrops
 from .errors import UserError
 from .images import atomic_write, make_folder, to_uint8
 from .loss import FusionLoss
-from .metrics import METRICS, evaluate_pair
+from .metrics import METRICS, MIN_SIZE, evaluate_pair
 from .network import DIFFMF
 from .timing import environment
 
@@ -70,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             if state.exists():
                 raise UserError(f"{folder}: already holds a run; pass --resume, or another --output")
-            if args.resume and rank == 0:
-                print(f"{folder}: no training state to resume, starting from the beginning", file=sys.stderr)
+            if args.resume:
+                raise UserError(f"{folder}: holds no run to resume")
             config = load_config(args.config, args.overrides)
         trainer = Trainer(config, args.data, folder, device, rank, world)
         if tensors is not None:
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         elif config.train.weights:
             trainer.start_from(config.train.weights)
         with trainer:
+            if tensors is None:
+                trainer.save()  # what --resume needs, if the run is killed before its first checkpoint
             trainer.train()
     return 0
 
@@ -140,6 +144,10 @@ class Trainer:
                 f"{data}: {len(self.crops)} training pairs, expected at least one batch of {config.data.batch_size} "
                 f"for each of {world} processes (data.batch_size)"
             )
+        for pair in map(self.validation_pairs.__getitem__, range(rank, len(self.validation_pairs), world)):
+            height, width = pair["ir"].shape[1:]  # read now: a bad one would end the run at its first validation
+            if min(height, width) < MIN_SIZE:
+                raise UserError(f"validation pair {pair['name']}: {width}x{height} pixels, metrics need {MIN_SIZE}")
         workers = config.data.workers
         self.loader = DataLoader(
             self.crops,
@@ -159,6 +167,7 @@ class Trainer:
         if settings.ema > 0:
             self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self.step, self.validations, self.best = 0, 0, None
+        self.stopped: list[int] = []  # by signals
         self.fitted_steps, self.timed_from = 0, 0.0
         self.started, self.rate = time.monotonic(), 0.0
         self.record = {"data": str(data), "environment": environment(device.type), "processes": world}
@@ -184,13 +193,12 @@ class Trainer:
         """Takes over a model's parameters. Raises UserError as `load_model` does and where its settings are others."""
         model = load_model(weights)
         if model.config != self.config.model:
-            raise UserError(
-                f"train.weights: {weights} has other model settings, {model.config}; "
-                f"expected those of this run, {self.config.model}"
-            )
+            raise UserError(f"train.weights: {weights} has {_others(model.config, self.config.model)}")
         self.model.load_state_dict(model.state_dict())
 
     def restore(self, path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
+        if info.get("training_pairs", len(self.crops)) != len(self.crops):
+            raise UserError(f"--data: {len(self.crops)} training pairs, but the run has {info['training_pairs']}")
         restore_training_state(path, tensors, self.model, self.optimizer, self.averaged)
         self.step, self.validations, self.best = info["step"], info["validations"], info["best"]
         self.fitted_steps = info.get("fitted_steps", 0) if self.config.train.fit_minutes else 0
@@ -199,13 +207,16 @@ class Trainer:
     def train(self) -> None:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-        with tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            disable=self.rank != 0,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        ) as progress:
+        with (
+            _stopped_by_signals() as self.stopped,
+            tqdm(
+                total=self.total_steps,
+                initial=self.step,
+                unit="step",
+                disable=self.rank != 0,
+                mininterval=0.5 if sys.stderr.isatty() else 30,
+            ) as progress,
+        ):
             stop, first = False, self.step
             batches = self._batches()
             batch = next(batches, None)
@@ -227,6 +238,8 @@ class Trainer:
             left = f"; --resume continues towards {self.total_steps}" if self.step < self.total_steps else ""
             best = "" if self.best is None else f", best {self.config.train.best_by} {abs(self.best):.4f}"
             print(f"{self.folder}: step {self.step} of {self.total_steps}{best}{left}")
+        if self.stopped:
+            raise KeyboardInterrupt
 
     def _batches(self) -> Iterator[dict]:
         """The batches of the steps that are left, epoch after epoch."""
@@ -235,14 +248,19 @@ class Trainer:
             epoch, start = divmod(step, len(self.batches))
             self.batches.set_position(epoch, start)
             self.crops.set_epoch(epoch)
-            for batch in self.loader:
-                yield batch
-                step += 1
-                if step >= self.total_steps:
-                    return
+            try:
+                for batch in self.loader:
+                    yield batch
+                    step += 1
+                    if step >= self.total_steps:
+                        return
+            except UserError as error:  # a worker's has a traceback around it
+                raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from error
 
     def _start_step(self, batch: dict) -> torch.Tensor:
         """One optimizer step, on a GPU only queued: total loss, its three parts, gradient norm, and 1 if time is up.
+
+        So it is when a signal came, too.
 
         All are means over the processes.
         """
@@ -259,7 +277,8 @@ class Trainer:
         stream = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(stream[0]))
         message = self.gradients(*images)
-        message[-1] = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
+        late = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
+        message[-1] = late or bool(self.stopped)
         if self.world > 1:
             dist.all_reduce(message)
             message /= self.world
@@ -326,7 +345,7 @@ class Trainer:
 
     def _after_step(self, record: dict, stop: bool) -> None:
         if self.log is not None:
-            self.log.write(json.dumps(record) + "\n")
+            _write_line(self.log, record)
         if self.board is not None and self.step % self.config.logging.scalar_steps == 0:
             for name in ("loss", "ssim", "texture", "intensity", "gradient_norm", "lr"):
                 self.board.add_scalar(f"train/{name}", record[name], self.step)
@@ -335,7 +354,7 @@ class Trainer:
         if validating:
             self._validate()
         if validating or stop or self.step % self.config.train.save_steps == 0:
-            self._save()
+            self.save()
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -361,11 +380,11 @@ class Trainer:
         means = {name: float(np.mean([scores[index][name] for index in sorted(scores)])) for name in ("loss", *METRICS)}
         score = -means["loss"] if self.score_names == ["loss"] else sum(means[name] for name in self.score_names)
         self.validations += 1
-        better = self.best is None or score > self.best
+        better = self.best is None or math.isnan(self.best) or score > self.best
         if better:
             self.best = score
         if self.rank == 0:
-            self.validation_log.write(json.dumps({"step": self.step, "best": better, **means}) + "\n")
+            _write_line(self.validation_log, {"step": self.step, "best": better, **means})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
             tqdm.write(f"validation at step {self.step}: {shown}{' (best)' if better else ''}", file=sys.stderr)
             if better:
@@ -374,10 +393,11 @@ class Trainer:
             for name, value in means.items():
                 self.board.add_scalar(f"validation/{name}", value, self.step)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Writes the run's state, its weights and its record."""
         if self.rank == 0:
             info = {"step": self.step, "validations": self.validations, "best": self.best}
-            info |= {"fitted_steps": self.fitted_steps}
+            info |= {"fitted_steps": self.fitted_steps, "training_pairs": len(self.crops)}
             info |= {"global_batch": self.global_batch, "config": to_dict(self.config)}
             save_model(self.folder / "last.safetensors", self._weights_to_keep())
             save_training_state(self.folder / "state.safetensors", self.model, self.optimizer, self.averaged, info)
@@ -424,7 +444,9 @@ def _processes(device: str | None):
 
 def _check_continues(path: Path, info: dict, saved: Config, config: Config, world: int) -> None:
     if config.model != saved.model:
-        raise UserError(f"{path}: model settings cannot change when a run is resumed; the run has {saved.model}")
+        raise UserError(f"{path}: model settings cannot change; the run has {_others(saved.model, config.model)}")
+    if config.train.weights != saved.train.weights:
+        raise UserError(f"train.weights: the run began with {saved.train.weights or 'random ones'}")
     if config.train.ema != saved.train.ema and 0 in (config.train.ema, saved.train.ema):
         raise UserError(f"train.ema: the run has {saved.train.ema:g}, averaging cannot start or end in mid-run")
     if config.data.batch_size * world != info["global_batch"]:
@@ -443,12 +465,47 @@ def _score_names(best_by: str) -> list[str]:
     return names
 
 
+def _others(found: ModelConfig, expected: ModelConfig) -> str:
+    """The settings in which two networks differ: "d_model 16 (expected 32), ..."."""
+    pairs = {name: (getattr(found, name), getattr(expected, name)) for name in vars(found)}
+    return ", ".join(f"model.{name} {a} (expected {b})" for name, (a, b) in pairs.items() if a != b)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM is put in instead of ending the process; a second one ends it."""
+    came: list[int] = []
+
+    def note(number, frame):
+        came.append(number)
+        restore()
+
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in signals}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        yield came
+    finally:
+        restore()
+
+
+def _write_line(file, record: dict) -> None:
+    try:
+        file.write(json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{file.name}: cannot be written ({error.strerror or error})") from error
+
+
 def _reopen(path: Path, lines: int):
-    """Opens a log for appending after its first `lines` lines. Raises UserError when it cannot be written."""
+    """Opens a log for appending after its first lines, unbuffered. Raises UserError when it cannot be written."""
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if path.exists() else []
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
-    return open(path, "a", buffering=1, encoding="utf-8")
+    return open(path, "ab", buffering=0)
 
 
 def _summary_writer(folder: Path, step: int):

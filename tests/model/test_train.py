@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -176,6 +177,66 @@ def test_every_kind_of_stopping_point_resumes(data, tmp_path, monkeypatch, stop_
     assert same_files(tmp_path / "whole", tmp_path / "pieces")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resumes(data, tmp_path, monkeypatch, capsys, number):
+    more = ["train.epochs=2", "train.save_steps=100"]
+    assert cli.main(arguments(data, tmp_path / "whole", *more)) == 0
+
+    def signalled(trainer, record, stop, after=training.Trainer._after_step):
+        if record["step"] == 1:
+            signal.raise_signal(number)
+        after(trainer, record, stop)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_after_step", signalled)
+        assert cli.main(arguments(data, tmp_path / "pieces", *more)) == 130
+    assert signal.getsignal(number) == before
+    output = capsys.readouterr()
+    assert "step 2 of 6" in output.out and "--resume continues towards 6" in output.out and "interrupted" in output.err
+    assert cli.main(arguments(data, tmp_path / "pieces", "--resume", *more)) == 0
+    assert same_files(tmp_path / "whole", tmp_path / "pieces")
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_settings(data, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(trainer):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training.Trainer, "train", killed)
+        cli.main(arguments(data, tmp_path / "run", "train.epochs=1", "train.lr=5e-3"))
+    assert cli.main(["train", "--data", str(data), "--output", str(tmp_path / "run"), "--resume"]) == 0
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["train"]["lr"] == 5e-3 and config["model"]["d_model"] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_pictures_are_one_line(data, tmp_path, capsys, workers):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    (root / "ir" / "pair0.png").write_bytes((data / "ir" / "pair0.png").read_bytes()[:500])
+    assert cli.main(arguments(root, tmp_path / "run", f"data.workers={workers}")) == 2
+    assert "pair0.png: cannot be read as an image" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "log.jsonl").exists(), "validation pairs are read before the first step"
+    shutil.copy(data / "ir" / "pair0.png", root / "ir")
+    (root / "vi" / "pair3.png").write_bytes((data / "vi" / "pair3.png").read_bytes()[:500])
+    assert cli.main(arguments(root, tmp_path / "run", f"data.workers={workers}")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"diffmf: error: {root / 'vi' / 'pair3.png'}: cannot be read as an image"), error
+
+
+def test_other_data_cannot_continue_a_run(data, tmp_path, capsys):
+    assert cli.main(arguments(data, tmp_path / "run", "train.epochs=1")) == 0
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    (root / "splits" / "train.txt").write_text("\n".join(f"pair{i}" for i in range(1, 6)))
+    assert cli.main(arguments(root, tmp_path / "run", "--resume")) == 2
+    assert "--data: 5 training pairs, but the run has 7" in capsys.readouterr().err
+
+
 def test_time_limit_saves_and_resumes(data, tmp_path, capsys):
     assert cli.main(arguments(data, tmp_path / "whole", "train.epochs=2")) == 0
     assert cli.main(arguments(data, tmp_path / "run", "train.epochs=2", "train.max_minutes=1e-9")) == 0
@@ -287,7 +348,7 @@ def test_a_run_starts_from_given_weights(data, tmp_path, capsys):
     assert cli.main(arguments(data, second, *more, "train.epochs=2", "--resume")) == 0
     capsys.readouterr()
     assert cli.main(arguments(data, tmp_path / "third", "train.weights=full")) == 2
-    assert "train.weights: full has other model settings" in capsys.readouterr().err
+    assert "train.weights: full has model.d_model 32 (expected 4)" in capsys.readouterr().err
 
 
 def test_epochs_visit_every_pair_once_and_processes_share_them():
@@ -326,9 +387,12 @@ def test_wrong_use_is_one_line(data, tmp_path, capsys):
     assert cli.main(arguments(data, tmp_path / "run", "train.epochs=1")) == 0
     capsys.readouterr()
     fails("already holds a run; pass --resume")
-    fails("model settings cannot change", "--resume", "model.d_state=3")
+    fails("model settings cannot change; the run has model.d_state 2 (expected 3)", "--resume", "model.d_state=3")
     fails("global batch of 2", "--resume", "data.batch_size=1")
     fails("averaging cannot start or end", "--resume", "train.ema=0.9")
+    fails("train.weights: the run began with random ones", "--resume", "train.weights=small")
+    fails("holds no run to resume", "--resume", output="another")
+    fails("train.weights: small has model.d_model 16 (expected 4), ", "train.weights=small", output="tuned")
     path = tmp_path / "run" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     fails("not a safetensors file, or damaged", "--resume")
