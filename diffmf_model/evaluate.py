@@ -114,6 +114,8 @@ def _groups(args: argparse.Namespace) -> list[Group]:
     root = Path(args.data)
     if not all((root / folder).is_dir() for folder in ("tno", "roadscene")):
         dataset = PairDataset(root, names=None if args.names is None else read_names(args.names))
+        if args.published is not None and published.count_of(args.published) not in (None, len(dataset)):
+            raise UserError(f"--published: {args.published} has another number of pairs than {root}, {len(dataset)}")
         return [Group(dataset, [Table(str(args.data), dataset.names)])]
     for option in ("names", "published"):
         if getattr(args, option) is not None:

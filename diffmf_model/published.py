@@ -30,6 +30,11 @@ def set_of(names: list[str]) -> str | None:
     return next((name for name, pairs in _read()["pairs"].items() if sorted(pairs) == sorted(names)), None)
 
 
+def count_of(test_set: str) -> int | None:
+    """How many pairs a test set has, if they are known."""
+    return len(_read()["pairs"].get(test_set, ())) or None
+
+
 def tables(test_set: str | None, protocol: str, stretch: bool) -> list[PublishedTable]:
     """The published tables of a test set; none under a protocol other than theirs."""
     if protocol != _read()["protocol"] or stretch:

@@ -29,6 +29,14 @@ def test_module_entry_point():
     assert result.stderr == "diffmf: error: nowhere.png: no such file or folder\n"
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    script = f"{sys.executable} -u -m diffmf_model info 2> errors.txt | true"
+    result = subprocess.run(
+        ["bash", "-c", f"cd $(mktemp -d) && {script}; cat errors.txt"], capture_output=True, text=True
+    )
+    assert result.stdout == ""
+
+
 def test_version(command):
     status, stdout, _ = command("--version")
     assert status == 0 and stdout.startswith("diffmf ")

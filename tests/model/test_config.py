@@ -49,7 +49,7 @@ def test_wrong_overrides_are_named(override, message):
     [
         ("[model\n", "my.toml: not a TOML file"),
         ("[model]\nwidth = 3\n", "my.toml: model.width: unknown setting"),
-        ("[model]\nd_model = true\n", "my.toml: model.d_model: expected an integer from 1 to inf, found True"),
+        ("[model]\nd_model = true\n", "my.toml: model.d_model: expected an integer from 2 to inf, found True"),
         ('[train]\nlr = "fast"\n', "my.toml: train.lr: expected a number from 0 to inf, found 'fast'"),
         ("model = 3\n", "my.toml: model: expected a table of settings, found 3"),
     ],
@@ -59,6 +59,12 @@ def test_wrong_files_are_named(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(file)
+
+
+def test_a_folder_does_not_hide_a_bundled_configuration(tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("small").model.d_model == 16
 
 
 def test_missing_file_lists_the_bundled_names():

@@ -90,6 +90,11 @@ def test_match_folders_lists_the_unmatched(pairs, picture):
 def test_read_names(tmp_path):
     (tmp_path / "n.txt").write_text("a.png\nv1.2\n  c \r\n\n")
     assert read_names(tmp_path / "n.txt") == ["a", "v1.2", "c"]
+    (tmp_path / "n.txt").write_text("a\n", encoding="utf-8-sig")
+    assert read_names(tmp_path / "n.txt") == ["a"]
+    (tmp_path / "n.txt").write_text("a\nb.png\nb\n")
+    with pytest.raises(UserError, match="holds b more than once"):
+        read_names(tmp_path / "n.txt")
     (tmp_path / "n.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no names"):
         read_names(tmp_path / "n.txt")

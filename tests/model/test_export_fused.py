@@ -75,6 +75,27 @@ def test_detection(detection, tmp_path, weights, command):
     assert files(tmp_path / "out") == out
 
 
+def test_pictures_that_lie_where_fused_ones_go_are_not_taken_for_them(detection, picture, tmp_path, weights, command):
+    """YOLO's own copies of the visible pictures, for example."""
+    for i in range(10):
+        picture(detection / "images" / f"{i:05}.png", mode="RGB")
+    picture(detection / "images" / "other.png")
+    status, stdout, stderr = command("export-fused", detection, tmp_path / "out", "--weights", weights)
+    assert status == 0 and "10 pairs fused, 0 were there, of 10" in stdout, stderr
+    fused = fuse_images(detection / "Ir/00004.png", detection / "Vis/00004.png", export_fused.load_model(weights))
+    assert (to_uint8(read_image(tmp_path / "out/images/00004.png")) == to_uint8(fused)).all()
+    assert (tmp_path / "out/images/other.png").exists()
+
+
+def test_a_label_that_changed_is_copied_again(detection, tmp_path, weights, command):
+    arguments = ("export-fused", detection, tmp_path / "out", "--weights", weights)
+    assert command(*arguments)[0] == 0
+    (detection / "readme.txt").write_text("HELLO")
+    status, stdout, _ = command(*arguments)
+    assert status == 0 and "0 pairs fused, 10 were there" in stdout
+    assert (tmp_path / "out/readme.txt").read_text() == "HELLO"
+
+
 def test_segmentation(tmp_path, picture, weights, command):
     root = tmp_path / "FMB"
     for part, count in (("train", 3), ("test", 1)):

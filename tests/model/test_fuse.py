@@ -173,6 +173,30 @@ def test_weights_that_give_nan(pairs, average, monkeypatch):
         fuse_images(root / "ir/a.png", root / "vi/a.png", average)
 
 
+def test_a_picture_too_large_for_the_memory_is_named(pairs, monkeypatch):
+    def network(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: ...")
+
+    root = pairs(["a"])
+    with pytest.raises(UserError, match="cpu has too little memory for a pair of 64x48 pixels"):
+        fuse_images(root / "ir/a.png", root / "vi/a.png", network)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((1, 8, 8)), "ir: a ndarray, expected"),
+        (torch.zeros(8, 8), r"ir: torch.float32 of shape \(8, 8\), expected"),
+        (torch.zeros(5, 8, 8), r"ir: torch.float32 of shape \(5, 8, 8\), expected"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), "ir: torch.uint8 of shape"),
+        (torch.full((1, 8, 8), 255.0), "ir: values from 255 to 255, expected"),
+    ],
+)
+def test_tensors_that_are_no_images(average, image, message):
+    with pytest.raises(UserError, match=message):
+        fuse_images(image, torch.zeros(1, 8, 8), average)
+
+
 def test_fuse_images_takes_tensors_and_paths(pairs, average):
     root = pairs(["a"])
     ir, vi = root / "ir/a.png", root / "vi/a.png"

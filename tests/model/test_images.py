@@ -43,6 +43,16 @@ def test_16_bit_infrared_uses_the_whole_scale(tmp_path, rng, suffix):
     assert torch.equal(image[0], torch.from_numpy(samples.astype(np.float32) / np.float32(65535)))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_turned_tiff(tmp_path, rng, dtype):
+    samples = rng.integers(0, 256, (50, 64), dtype=dtype)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(np.rot90(samples).copy()).save(tmp_path / "a.tif", exif=exif)
+    image = read_image(tmp_path / "a.tif")
+    assert torch.equal(to_uint8(image)[0] if dtype == np.uint8 else image[0] * 65535, torch.from_numpy(samples))
+
+
 def test_float_tiff(tmp_path, rng):
     samples = rng.random((9, 13), dtype=np.float32)
     Image.fromarray(samples).save(tmp_path / "a.tif")
