@@ -145,11 +145,11 @@ def measure(case: Case, device: str, wanted: list[str], seconds: float, limits: 
     def kernel():
         ss2d(tensors[0], proj, *tensors[2:], exchange=case.exchange)
 
-    row["kernel"] = milliseconds(kernel, device, seconds=seconds)
+    row["kernel"] = milliseconds(kernel, device, seconds=seconds, queued=True)
     for key, method in (("forward", "forward"), ("forward and backward", "both")):
         calls = {name: getattr(contender, method) for name, contender in contenders.items()}
         with peers.tf32(True):
-            times = alternate(calls, device, seconds=seconds)
+            times = alternate(calls, device, seconds=seconds, queued=True)
         for name in contenders:
             target = row if name == "diffmf" else row["peers"][name]
             target[key] = times[name]

@@ -20,11 +20,17 @@ def milliseconds(function, device: str, **options) -> dict[str, float]:
     return alternate({"": function}, device, **options)[""]
 
 
-def alternate(functions: dict, device: str, *, repeats: int = 20, seconds: float = 0.5) -> dict[str, dict[str, float]]:
+WAIT_CYCLES = 8_000_000  # 4 ms at 2 GHz
+
+
+def alternate(
+    functions: dict, device: str, *, repeats: int = 20, seconds: float = 0.5, queued: bool = False
+) -> dict[str, dict[str, float]]:
     """Median, minimum and maximum time in ms of each function, called in turn, each round starting with the next one.
 
     On a GPU by events, the second-level cache overwritten before each call; on a CPU by the wall clock. Up to `repeats`
-    rounds, and at least 3, in about `seconds`; two rounds before them warm up.
+    rounds, and at least 3, in about `seconds`; two rounds before them warm up. With `queued` the GPU waits 4 ms before
+    each call, while the host queues its launches: then the time is the device's, not the host's.
     """
     names = list(functions)
     for name in names:  # whatever is compiled or tuned at the first call
@@ -35,18 +41,20 @@ def alternate(functions: dict, device: str, *, repeats: int = 20, seconds: float
         if device == "cuda":
             torch.cuda.synchronize()
     repeats = min(repeats, max(3, int(seconds / (time.perf_counter() - begin))))
-    clock = _gpu_clock if device == "cuda" else _cpu_clock
     order = [names[(turn + i) % len(names)] for turn in range(repeats) for i in range(len(names))]
-    times = clock([functions[name] for name in order])
+    calls = [functions[name] for name in order]
+    times = _gpu_clock(calls, WAIT_CYCLES if queued else 0) if device == "cuda" else _cpu_clock(calls)
     found = {name: [t for t, timed in zip(times, order, strict=True) if timed == name] for name in names}
     return {n: {"median": statistics.median(t), "min": min(t), "max": max(t)} for n, t in found.items()}
 
 
-def _gpu_clock(calls) -> list[float]:
+def _gpu_clock(calls, wait_cycles: int) -> list[float]:
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
     for call, (start, end) in zip(calls, events, strict=True):
         flush.zero_()
+        if wait_cycles > 0:
+            torch.cuda._sleep(wait_cycles)
         start.record()
         call()
         end.record()
