@@ -290,8 +290,8 @@ def write_report(docs: Path) -> None:
         return
     parts = ["# Benchmarks", "Written by `benchmarks/render.py` from `benchmarks/results`, measured by `diffmf bench`."]
     parts.append(
-        "ms, median (range) of calls in turn, each after the second-level cache was overwritten, and queued while the "
-        "device waits, so that the host's time to launch is not in it. Projection GEMMs are included on both sides, in TF32 where inputs are float32, except for Mamba-2, whose scan alone is timed, and "
+        "ms, median (range) of calls in turn, each after the second-level cache was overwritten. Projection GEMMs are "
+        "included on both sides, in TF32 where inputs are float32, except for Mamba-2, whose scan alone is timed, and "
         "for the kernel tables."
     )
     for name, results in found.items():
