@@ -13,6 +13,7 @@ at all.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import xml.etree.ElementTree as xml
@@ -177,7 +178,8 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as file, open(source, "rb") as original:
         shutil.copyfileobj(original, file)
-    shutil.copystat(source, target)
+    times = source.stat()
+    os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def _write(path: Path, text: str) -> None:

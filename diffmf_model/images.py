@@ -19,8 +19,9 @@ from .errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 # What Pillow's decoders raise on a damaged file, depending on the format and on where the damage lies.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-_DECODE_ERRORS += (Image.DecompressionBombError, MemoryError)
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def decode(path: str | os.PathLike) -> np.ndarray:

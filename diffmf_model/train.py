@@ -2,7 +2,8 @@
 
 Everything random is a function of the seed and the step (batch order, crops, stochastic depth), so a run that was
 stopped or killed at any moment continues from its last saved state with the same losses, bit for bit on the CPU. On
-GPUs a step's forward pass, loss and backward pass are replayed as one CUDA graph (without train.compile).
+GPUs a step's forward pass, loss and backward pass are replayed as one CUDA graph (without train.compile). The first
+Ctrl-C or SIGTERM ends a run after its step and a save.
 
 A run folder holds last.safetensors and best.safetensors (model files; the averaged weights where train.ema is set),
 state.safetensors (what --resume continues from), log.jsonl (one line per step), validation.jsonl, run.json (settings,
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
             trainer.start_from(config.train.weights)
         with trainer:
             if tensors is None:
+                if world > 1:
+                    dist.barrier()  # all have seen that the folder holds no run
                 trainer.save()  # what --resume needs, if the run is killed before its first checkpoint
             trainer.train()
     return 0
