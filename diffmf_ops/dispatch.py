@@ -100,9 +100,14 @@ def _has_tangent(arguments) -> bool:
 
 def _watched(arguments) -> bool:
     """Whether a mode, a profiler or a tensor that is more than its memory must see the call."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or torch.autograd._profiler_enabled()
-        or any(isinstance(a, torch.Tensor) and (type(a) not in PLAIN or a.is_meta or a.is_neg()) for a in arguments)
-    )
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing() or torch.autograd._profiler_enabled():
+        return True
+    if arguments[0].is_meta:  # then all are
+        return True
+    for each in arguments:  # every call pays for this: no test that is not needed
+        if type(each) in PLAIN:
+            if each.is_neg():
+                return True
+        elif isinstance(each, torch.Tensor):
+            return True
+    return False
