@@ -247,6 +247,9 @@ class SS2D(nn.Module):
             raise ValueError(CHANNELS_LAST_ONLY)
         self.d_model, self.d_state, self.d_inner = d_model, d_state, int(ssm_ratio * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        for name, value in (("ssm_ratio * d_model", self.d_inner), ("dt_rank", self.dt_rank), ("d_state", d_state)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
         self.channel_first, self.exchange, self.reproject = channel_first, exchange, reproject
         self.gated, self.gate_act = "_noz" not in options, "_nozact" not in options
         lead = () if modalities == 1 else (modalities,)

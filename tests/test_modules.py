@@ -324,6 +324,9 @@ def test_drop_path_drops_whole_samples():
         ({"reproject": True}, "needs modalities=2"),
         ({"channel_first": True, "modalities": 2}, "channel_first=True needs modalities=1"),
         ({"d_conv": 4}, "d_conv: expected an odd size .*found 4"),
+        ({"ssm_ratio": 0.1}, r"ssm_ratio \* d_model: expected at least 1, found 0"),
+        ({"dt_rank": 0}, "dt_rank: expected at least 1, found 0"),
+        ({"d_state": 0}, "d_state: expected at least 1, found 0"),
     ],
 )
 def test_unsupported_options_are_refused(options, message):
