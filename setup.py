@@ -24,7 +24,8 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
             "-DDIFFMF_PYTHON=ON", "-DDIFFMF_TESTS=OFF", "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # that of the last build may have been in its environment
+            # The last build's, which CMake remembers, may have been in an environment that is gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             f"-DDIFFMF_CUDA={os.environ.get('DIFFMF_CUDA', 'auto')}",
             f"-DDIFFMF_CUDA_ARCHS={os.environ.get('DIFFMF_CUDA_ARCHS', 'auto')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",

@@ -4,6 +4,7 @@ A data set is `root/{ir,vi}/NAME.ext`, or M3FD's `root/{Ir,Vis}`, or any spellin
 name without extension. `root/splits/{train,val,test}.txt`, one name a line, are used where they are present.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ def read_names(path: str | Path) -> list[str]:
     if not names:
         raise UserError(f"{path}: holds no names")
     names = [name.stem if name.suffix.lower() in EXTENSIONS else name.name for name in names]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(f"{path}: holds {listed(twice)} more than once")
     return names

@@ -141,7 +141,8 @@ def _methods(paths: list[str], groups: list[Group], settings: dict) -> list[tupl
         folder = path.is_dir()
         tables = list_images(path) if folder else read_scores(path, settings)
         for name, has in {path.name: tables}.items() if folder else tables.items():
-            method = f"{name} ({path.parent})" if name in taken else name
+            ours = name in (MODEL, *BASELINES)  # a folder's name twice is a mistake, but one may be called as ours are
+            method = f"{name} ({path.parent})" if name in taken and (ours or not folder) else name
             if method in taken:
                 raise UserError(f"--methods: {method} appears twice")
             taken.append(method)

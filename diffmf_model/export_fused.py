@@ -170,16 +170,15 @@ def _check_continues(path: Path, record: dict) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    def stamp(path):
-        return path.stat().st_size, path.stat().st_mtime_ns
-
-    if target.exists() and stamp(target) == stamp(source):
-        return
+    wanted = source.stat()
+    if target.exists():
+        found = target.stat()
+        if (found.st_size, found.st_mtime_ns) == (wanted.st_size, wanted.st_mtime_ns):
+            return
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as file, open(source, "rb") as original:
         shutil.copyfileobj(original, file)
-    times = source.stat()
-    os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.utime(target, ns=(wanted.st_atime_ns, wanted.st_mtime_ns))
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,6 +19,12 @@ PROTOCOLS = ("cddfuse", "vifb")
 MIN_SIZE = 41  # below it VIF's fourth scale has no whole window
 
 
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError for an image that is too small for the metrics."""
+    if min(height, width) < MIN_SIZE:
+        raise ValueError(f"metrics need at least {MIN_SIZE} x {MIN_SIZE} pixels, found {(height, width)}")
+
+
 def evaluate_pair(
     fused: torch.Tensor, ir: torch.Tensor, vi: torch.Tensor, protocol: str = "cddfuse", stretch: bool = False
 ) -> dict[str, float]:
@@ -37,8 +43,7 @@ def evaluate_pair(
             raise ValueError(
                 f"{name}: expected the fused image's size {tuple(fused.shape[1:])}, found {image.shape[1:]}"
             )
-    if min(fused.shape[1:]) < MIN_SIZE:
-        raise ValueError(f"metrics need at least {MIN_SIZE} x {MIN_SIZE} pixels, found {tuple(fused.shape[1:])}")
+    check_size(*fused.shape[1:])
     fused, ir, vi = (image.to(torch.float64) for image in (fused, ir, vi))
     if stretch:
         fused = _stretch(fused)

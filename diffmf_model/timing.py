@@ -43,18 +43,18 @@ def alternate(
     repeats = min(repeats, max(3, int(seconds / (time.perf_counter() - begin))))
     order = [names[(turn + i) % len(names)] for turn in range(repeats) for i in range(len(names))]
     calls = [functions[name] for name in order]
-    times = _gpu_clock(calls, WAIT_CYCLES if queued else 0) if device == "cuda" else _cpu_clock(calls)
+    times = _gpu_clock(calls, queued) if device == "cuda" else _cpu_clock(calls)
     found = {name: [t for t, timed in zip(times, order, strict=True) if timed == name] for name in names}
     return {n: {"median": statistics.median(t), "min": min(t), "max": max(t)} for n, t in found.items()}
 
 
-def _gpu_clock(calls, wait_cycles: int) -> list[float]:
+def _gpu_clock(calls, queued: bool) -> list[float]:
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
     for call, (start, end) in zip(calls, events, strict=True):
         flush.zero_()
-        if wait_cycles > 0:
-            torch.cuda._sleep(wait_cycles)
+        if queued:
+            torch.cuda._sleep(WAIT_CYCLES)
         start.record()
         call()
         end.record()

@@ -46,7 +46,7 @@ from .data import PairDataset, RandomCrops
 from .errors import UserError
 from .images import atomic_write, make_folder, to_uint8
 from .loss import FusionLoss
-from .metrics import METRICS, MIN_SIZE, evaluate_pair
+from .metrics import METRICS, check_size, evaluate_pair
 from .network import DIFFMF
 from .timing import environment
 
@@ -147,10 +147,12 @@ class Trainer:
                 f"{data}: {len(self.crops)} training pairs, expected at least one batch of {config.data.batch_size} "
                 f"for each of {world} processes (data.batch_size)"
             )
-        for pair in map(self.validation_pairs.__getitem__, range(rank, len(self.validation_pairs), world)):
-            height, width = pair["ir"].shape[1:]  # read now: a bad one would end the run at its first validation
-            if min(height, width) < MIN_SIZE:
-                raise UserError(f"validation pair {pair['name']}: {width}x{height} pixels, metrics need {MIN_SIZE}")
+        for index in range(rank, len(self.validation_pairs), world):
+            pair = self.validation_pairs[index]  # read now: a bad one would end the run at its first validation
+            try:
+                check_size(*pair["ir"].shape[1:])
+            except ValueError as error:
+                raise UserError(f"validation pair {pair['name']}: {error}") from error
         workers = config.data.workers
         self.loader = DataLoader(
             self.crops,
@@ -261,11 +263,9 @@ class Trainer:
                 raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from error
 
     def _start_step(self, batch: dict) -> torch.Tensor:
-        """One optimizer step, on a GPU only queued: total loss, its three parts, gradient norm, and 1 if time is up.
+        """One optimizer step, on a GPU only queued: total loss, its three parts, gradient norm, and whether to stop.
 
-        So it is when a signal came, too.
-
-        All are means over the processes.
+        All are means over the processes; the last is above 0 where the time of one is up or a signal came to it.
         """
         settings = self.config.train
         rate = learning_rate(settings, self.step, self.total_steps)
@@ -369,10 +369,7 @@ class Trainer:
             ir, vi = (pair[key][None].to(self.device) for key in ("ir", "vi_y"))
             with self._autocast():
                 fused = network(ir, vi)
-            try:
-                metrics = evaluate_pair(*(to_uint8(image[0]) for image in (fused, ir, vi)))
-            except ValueError as error:
-                raise UserError(f"validation pair {pair['name']}: {error}") from error
+            metrics = evaluate_pair(*(to_uint8(image[0]) for image in (fused, ir, vi)))
             scores[index] = {"loss": self.loss(fused, ir, vi)["total"].item(), **metrics}
             if self.board is not None and index < self.config.logging.images:
                 self.board.add_image(f"validation/{pair['name']}", torch.cat([ir, vi, fused], dim=-1)[0], self.step)

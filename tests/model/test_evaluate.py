@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -66,6 +67,9 @@ def test_table_and_files(tmp_path, pairs, average, command):
     again = rows(stdout)
     assert list(again) == ["DIFF-MF", f"DIFF-MF ({tmp_path / 'out'})", "other", *BASELINES]
     assert again["DIFF-MF"] == again[f"DIFF-MF ({tmp_path / 'out'})"]
+    shutil.copytree(other, tmp_path / "out" / "DIFF-MF")
+    status, stdout, stderr = command(*arguments[:5], "--methods", tmp_path / "out" / "DIFF-MF")
+    assert status == 0 and list(rows(stdout)) == ["DIFF-MF", f"DIFF-MF ({tmp_path / 'out'})", *BASELINES], stderr
 
 
 def test_baselines_are_what_they_are_called(pairs):
@@ -200,7 +204,7 @@ def test_bad_input(tmp_path, pairs, picture, average, fails):
     picture(method / "b.png", (50, 50))
     assert "method's b is 50x50" in fails(*data, "--methods", method)
     picture(method / "b.png")
-    assert "appears twice" in fails(*data, "--methods", method, method, method)
+    assert "method appears twice" in fails(*data, "--methods", method, method)
     assert "TNO-25 has another number of pairs" in fails(*data, "--published", "TNO-25")
     (tmp_path / "file").touch()
     assert "cannot write to this folder" in fails(*data, "--output", tmp_path / "file" / "out")

@@ -173,7 +173,7 @@ def test_weights_that_give_nan(pairs, average, monkeypatch):
         fuse_images(root / "ir/a.png", root / "vi/a.png", average)
 
 
-def test_a_picture_too_large_for_the_memory_is_named(pairs, monkeypatch):
+def test_a_picture_too_large_for_the_memory_is_named(pairs):
     def network(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: ...")
 

@@ -222,7 +222,12 @@ def test_bad_pictures_are_one_line(data, tmp_path, capsys, workers):
     assert cli.main(arguments(root, tmp_path / "run", f"data.workers={workers}")) == 2
     assert "pair0.png: cannot be read as an image" in capsys.readouterr().err
     assert not (tmp_path / "run" / "log.jsonl").exists(), "validation pairs are read before the first step"
-    shutil.copy(data / "ir" / "pair0.png", root / "ir")
+    for folder in ("ir", "vi"):
+        Image.open(data / folder / "pair0.png").crop((0, 0, 45, 40)).save(root / folder / "pair0.png")
+    assert cli.main(arguments(root, tmp_path / "run", f"data.workers={workers}")) == 2
+    assert "validation pair pair0: metrics need at least 41 x 41 pixels, found (40, 45)" in capsys.readouterr().err
+    for folder in ("ir", "vi"):
+        shutil.copy(data / folder / "pair0.png", root / folder)
     (root / "vi" / "pair3.png").write_bytes((data / "vi" / "pair3.png").read_bytes()[:500])
     assert cli.main(arguments(root, tmp_path / "run", f"data.workers={workers}")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
