@@ -11,11 +11,16 @@ SS2D_TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 2e-2), to
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ in float64 (the plain norm of found where expected is zero)."""
+    """‖found − expected‖ / ‖expected‖ in float64 (the plain norm of found where expected is zero).
+
+    Below the smallest normal number of found's dtype, 6e-5 of float16, values have a fixed spacing instead of a
+    relative one: a norm below that many of them counts as one of that size.
+    """
+    smallest = torch.finfo(found.dtype).tiny * found.numel() ** 0.5
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     scale = expected.norm().item()
-    return (found - expected).norm().item() / (scale if scale > 0 else 1.0)
+    return (found - expected).norm().item() / (max(scale, smallest) if scale > 0 else 1.0)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "result") -> None:

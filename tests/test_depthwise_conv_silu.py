@@ -22,16 +22,15 @@ def make_inputs(lead, sizes, size, bias, device="cpu", dtype=torch.float32, stri
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.randn(*lead, batch, height, width, (2 if strided else 1) * channels, device=device).to(dtype)
     weight = torch.randn(*lead, channels, 1, size, size, device=device, dtype=parameter) / size
-    return [
-        x[..., :channels],
-        weight,
-        torch.randn(*lead, channels, device=device, dtype=parameter) if bias else None,
-    ]
+    bias = torch.randn(*lead, channels, device=device, dtype=parameter) if bias else None
+    if x.numel() < 32:  # SiLU's slope is zero at -1.278, and a gradient of values near there alone mostly rounding
+        x, weight, bias = (None if t is None else t.abs() for t in (x, weight, bias))
+    return [x[..., :channels], weight, bias]
 
 
 def check(tensors, dtype):
-    seed = torch.randn(tensors[0].shape)
-    seed = seed.to(tensors[0].device, dtype)
+    # Positive, mostly: sums over the pixels, the parameters' gradients, shall not nearly cancel.
+    seed = (torch.randn(tensors[0].shape) * 0.3 + 1).to(tensors[0].device, dtype)
     y, gradients = with_gradients(depthwise_conv_silu, tensors, seed)
     expected, expected_gradients = with_gradients(reference.depthwise_conv_silu, double(tensors), seed.double().cpu())
     assert y.dtype == dtype and y.is_contiguous()
