@@ -1,7 +1,8 @@
 """`diffmf flops`: the cost of every module, beside the paper's Table VII.
 
 Convention, as VMamba counts with fvcore: one multiply-add of a convolution or linear layer (the Δ projection included)
-is 1; a scan path of length L is 9·L·D·N + L·D; norms, activations, gates and resampling are not counted.
+is 1; a scan path of length L is 9·L·D·N + L·D (`diffmf_ops.flops`); norms, activations, gates and resampling are not
+counted.
 
 The paper leaves the VSS block's form, the number of extraction stages and the convolutions' widths open. Four stages,
 VSS blocks with the multiplicative branch and without an MLP, and 3x3 convolutions of C channels throughout (two in each
@@ -15,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffmf_ops.modules import SS2D, VSSBlock
 
@@ -83,12 +83,11 @@ def count(config: ModelConfig, height: int, width: int) -> tuple[dict[str, Cost]
     with shapes:
         model = DIFFMF(config).eval()
         image = torch.empty(1, 1, height, width)
-    scans: dict[str, float] = {}
     deltas: dict[str, float] = {}
     replaced: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, SS2D):
-            module.register_forward_pre_hook(_scan_hook(name, scans, deltas))
+            module.register_forward_pre_hook(_delta_hook(name, deltas))
         if isinstance(module, VSSBlock) or name == "channel_exchange.ssd":
             module.register_forward_pre_hook(_restormer_hook(name, replaced))
     with torch.no_grad(), shapes, FlopCounterMode(display=False) as counter:
@@ -96,32 +95,20 @@ def count(config: ModelConfig, height: int, width: int) -> tuple[dict[str, Cost]
     counted = counter.get_flop_counts()
     costs = {}
     for name, _ in model.named_modules():
-        # The counter's own numbers are 2 per multiply-add.
         operations = counted.get(f"{DIFFMF.__name__}.{name}" if name else "Global", {})
+        # The counter's numbers are 2 per multiply-add, and the operator's include the Δ projection.
+        delta = sum(value for inner, value in deltas.items() if not name or f"{inner}.".startswith(f"{name}."))
+        scan = operations.pop(torch.ops.diffmf.ss2d, 0) - 2 * delta
         convolution = sum(flops for op, flops in operations.items() if "conv" in str(op)) / 2
-        linear = sum(operations.values()) / 2 - convolution + _inside(name, deltas)
-        costs[name] = Cost(linear, convolution, _inside(name, scans))
+        linear = sum(operations.values()) / 2 - convolution + delta
+        costs[name] = Cost(linear, convolution, scan)
     transformer = costs[""].total - sum(costs[name].total for name in replaced) + sum(replaced.values())
     return costs, transformer
 
 
-@register_flop_formula(torch.ops.diffmf.depthwise_conv_silu)
-def _depthwise_flops(x_shape, weight_shape, *_, **__) -> int:
-    """2 per multiply-add, as the counter has it for PyTorch's convolutions."""
-    return 2 * prod(x_shape) * weight_shape[-1] ** 2
-
-
-def _inside(name: str, values: dict[str, float]) -> float:
-    return sum(value for inner, value in values.items() if not name or inner == name or inner.startswith(f"{name}."))
-
-
-def _scan_hook(name: str, scans: dict[str, float], deltas: dict[str, float]):
-    """The operator computes the scan and the Δ projection itself, out of the counter's sight."""
-
+def _delta_hook(name: str, deltas: dict[str, float]):
     def hook(module: SS2D, inputs) -> None:
-        channel_steps = inputs[0][..., 0].numel() * 4 * module.d_inner
-        scans[name] = channel_steps * (9 * module.d_state + 1)
-        deltas[name] = channel_steps * module.dt_rank
+        deltas[name] = inputs[0][..., 0].numel() * 4 * module.d_inner * module.dt_rank
 
     return hook
 

@@ -1,5 +1,6 @@
 """Fused 2-D selective scans: CrossScan, selective scan and CrossMerge in one kernel, forward and backward."""
 
+from . import flops  # noqa: F401  registers them
 from .backend import has_cuda, import_error
 from .cross_scan import cross_merge, cross_scan
 from .depthwise_conv_silu import depthwise_conv_silu

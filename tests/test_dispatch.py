@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from diffmf_ops import backend, cross_scan, depthwise_conv_silu
+from diffmf_ops import backend, cross_scan, depthwise_conv_silu, selective_scan, ss2d
 from diffmf_ops.checks import check_once
 from diffmf_ops.depthwise_conv_silu import _depthwise_conv_silu
 
@@ -39,6 +40,29 @@ def test_dispatch_modes_see_the_operators():
     with Recorder() as recorder:
         depthwise_conv_silu(x, weight, bias).sum().backward()
     assert {"diffmf.depthwise_conv_silu.default", "diffmf.depthwise_conv_silu_backward.default"} <= set(recorder.seen)
+
+
+def test_flops_are_counted():
+    """A multiply-add is 2, a state's step 9; backward twice forward."""
+    B, L, K, D, R, N = 2, 3 * 5, 4, 6, 2, 7
+    x, proj = torch.randn(B, 3, 5, D, requires_grad=True), torch.randn(B, 3, 5, K, R + 2 * N)
+    parameters = torch.randn(K, D, R), torch.randn(K, D), -torch.rand(K, D, 1), torch.randn(K, D)
+    with FlopCounterMode(display=False) as counter:
+        ss2d(x, proj, *parameters).sum().backward()
+    forward = B * K * L * D * (2 * R + 9 * N + 1)
+    counted = counter.get_flop_counts()["Global"]
+    assert counted[torch.ops.diffmf.ss2d] == forward and counted[torch.ops.diffmf.ss2d_backward] == 2 * forward
+
+    sequences = [torch.randn(B, c, L) for c in (D, D)], [torch.randn(B, 1, N, L) for _ in range(2)]
+    u = sequences[0][0].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(u, sequences[0][1], -torch.rand(D, N), *sequences[1]).sum().backward()
+    assert counter.get_total_flops() == 3 * 9 * B * L * D * N
+
+    x, weight, _ = inputs()
+    with FlopCounterMode(display=False) as counter:
+        depthwise_conv_silu(x.requires_grad_(), weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 9 * x.numel()
 
 
 def test_transforms_see_the_operators():
