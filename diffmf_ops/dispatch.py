@@ -29,6 +29,7 @@ class Operator:
     def register_autograd(self, gradients: Callable, *, setup_context: Callable) -> None:
         """As of torch.library: setup_context(ctx, inputs, output) saves, gradients(ctx, *of_outputs) returns theirs."""
         self.registered.register_autograd(gradients, setup_context=setup_context)
+        self.registered.register_vmap(self._call_in_turn)
 
         def forward(ctx, *inputs):
             output = self.kernel(*inputs)
@@ -41,7 +42,19 @@ class Operator:
 
         self.function = function(forward=forward, backward=gradients)
         # torch.func needs a setup_context; with one, every call binds its arguments by inspection, which takes longer.
-        self.transformable = function(forward=self.kernel, setup_context=setup_context, backward=gradients)
+        self.transformable = function(
+            forward=self.kernel, setup_context=setup_context, backward=gradients, vmap=self._call_in_turn
+        )
+
+    def _call_in_turn(self, info, in_dims, *arguments):
+        """torch.func.vmap: a call for each item, since any of the tensors may be batched."""
+        outputs = []
+        for item in range(info.batch_size):
+            pairs = zip(arguments, in_dims, strict=True)
+            outputs.append(self(*(a.select(d, item) if isinstance(d, int) else a for a, d in pairs)))
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.stack(outputs), 0
+        return tuple(torch.stack(each) for each in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
     def refuse_double_backward(self) -> None:
         """Gives a backward operator an autograd formula that raises: the kernels have first derivatives only."""
@@ -103,6 +116,8 @@ def _watched(arguments) -> bool:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing() or torch.autograd._profiler_enabled():
         return True
     if arguments[0].is_meta:  # then all are
+        return True
+    if torch._C._functorch.is_legacy_batchedtensor(arguments[0]):  # autograd's is_grads_batched, in a backward pass
         return True
     for each in arguments:  # every call pays for this: no test that is not needed
         if type(each) in PLAIN:

@@ -71,6 +71,32 @@ def test_transforms_see_the_operators():
     torch.testing.assert_close(gradient, 8 * x)
 
 
+def test_gradients_of_every_item():
+    """torch.func.vmap of a gradient, with tensors that are batched along other axes, or not, or missing."""
+    x, proj = torch.randn(3, 1, 4, 5, 6), torch.randn(1, 4, 5, 4, 3, 6)
+    A = -torch.rand(4, 6, 2)
+
+    def loss(dt_weight, x, proj):
+        return ss2d(x, proj, dt_weight, torch.zeros(4, 6), A).square().sum()
+
+    dt_weight = torch.randn(4, 6, 2)
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 4))(dt_weight, x, proj)
+    for i in range(3):
+        assert torch.equal(found[i], torch.func.grad(loss)(dt_weight, x[i], proj[..., i, :]))
+
+
+def test_jacobians_by_batched_gradients():
+    x, weight, bias = inputs()
+
+    def function(bias):
+        return depthwise_conv_silu(x[:1, :2, :2], weight, bias)
+
+    expected = torch.autograd.functional.jacobian(function, bias)
+    assert expected.shape == (1, 2, 2, 8, 8)
+    torch.testing.assert_close(torch.func.jacrev(function)(bias), expected)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(function, bias, vectorize=True), expected)
+
+
 def test_tensor_subclasses_see_the_operators():
     with torch._subclasses.FakeTensorMode():
         x, weight, bias = inputs()
