@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffmf_ops.flops  # noqa: F401  lets the counter count the operators
 from diffmf_ops.modules import SS2D, VSSBlock
 
 from .config import ModelConfig, add_config_argument, load_config
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name or 'DIFF-MF using SSM':26}" + "".join(f"{value / 1e9:10.3f}" for value in numbers))
     print(f"{'the same, transformer':26}{transformer / 1e9:40.3f}")
     print("choices that the paper leaves open (see --config and key=value):")
-    print(f"  {config.stages} extraction stages, 3x3 convolutions of C channels, VSS blocks", end=" ")
+    widths = f"C channels ({config.decoder_ratio:g}*C in the decoder)"
+    print(f"  {config.stages} extraction stages, 3x3 convolutions of {widths}, VSS blocks", end=" ")
     print(f"{'with' if config.gated else 'without'} the multiplicative branch, MLP ratio {config.mlp_ratio:g}")
     print("  transformer: Restormer blocks for all VSS blocks, attention counted as 4*B*(HW)^2*D")
     for name, total, paper in (("SSM", costs[""].total, PAPER_SSM), ("transformer", transformer, PAPER_TRANSFORMER)):

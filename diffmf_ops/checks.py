@@ -43,9 +43,11 @@ def cast(dtype: torch.dtype, **tensors: torch.Tensor | None) -> list[torch.Tenso
 
 
 def check_rank(name: str, tensor: torch.Tensor, ranks: tuple[int, ...], layout: str) -> None:
-    """Raises TypeError unless a tensor, ValueError unless its number of dimensions is one of `ranks`."""
+    """Raises TypeError unless a dense tensor, ValueError unless its number of dimensions is one of `ranks`."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: a {type(tensor).__name__}, expected a tensor {layout}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: {tensor.layout}, expected torch.strided")
     if tensor.dim() not in ranks:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {layout}")
 
@@ -82,6 +84,12 @@ def check_range(name: str, value: int, low: int, high: int) -> None:
     """Raises ValueError unless low <= value <= high."""
     if not low <= value <= high:
         raise ValueError(f"{name}: {value}, expected {low} to {high}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises TypeError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {value!r}, expected True or False")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

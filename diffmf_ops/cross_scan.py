@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 
@@ -46,8 +47,8 @@ def cross_merge(y: torch.Tensor, shape: Sequence[int], paths: Sequence[int] = (0
     """
     paths = check_paths(paths)
     check_rank("y", y, (4,), "(B, K, C, H·W)")
-    if len(shape) != 2:
-        raise ValueError(f"shape: {tuple(shape)}, expected (H, W)")
+    if not isinstance(shape, Sequence) or [isinstance(s, (Integral, torch.SymInt)) for s in shape] != [True, True]:
+        raise ValueError(f"shape: {shape!r}, expected (H, W)")
     height, width = shape
     check_range("shape: height", height, 1, 2**20)
     check_range("shape: width", width, 1, 2**20)

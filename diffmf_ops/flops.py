@@ -1,4 +1,6 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts for the operators: without a formula it counts nothing.
+"""What torch.utils.flop_counter.FlopCounterMode counts for the operators, once this module is imported; else nothing.
+
+(It imports Triton where there is one, which `import diffmf_ops` shall not have to.)
 
 A multiply-add is 2, as in its own formulas. A channel's step along a path is 9 for each state, as is usual for Mamba's
 scans (VMamba counts them so), 1 for the skip and 2R for the low rank of Δ. Activations and norms count nothing, and a

@@ -16,12 +16,15 @@ VMamba's own network takes this layer in place of its own: `vmamba.VSSM(..., _SS
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import scan
+from .checks import check_range, check_rank
 from .depthwise_conv_silu import KERNEL_SIZES, depthwise_conv_silu
 from .dispatch import autocast_dtype, is_plain, wants_gradient
 from .norm_gate import norm_gate
@@ -182,6 +185,7 @@ class DropPath(nn.Module):
 
     def __init__(self, probability: float = 0.0):
         super().__init__()
+        check_range("drop_path", probability, 0, 1)
         self.probability = probability
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +211,7 @@ class SS2D(nn.Module):
         exchanged, and the three are projected back to D channels, which enter an SSM of their own. Otherwise the scan
         reads the other modality's B and C directly.
     scalar_decay: one decay per channel and path for all states (the SSD form): A_logs has one column.
-    Raises ValueError for an unsupported combination.
+    Raises ValueError or TypeError for an unsupported argument or combination.
     """
 
     def __init__(
@@ -245,18 +249,25 @@ class SS2D(nn.Module):
             raise ValueError(f"exchange={exchange!r}, reproject={reproject} needs modalities=2, found modalities=1")
         if modalities == 2 and channel_first:
             raise ValueError(CHANNELS_LAST_ONLY)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        for name, value in (("d_model", d_model), ("d_state", d_state), ("dt_rank", self.dt_rank), ("d_conv", d_conv)):
+            if not isinstance(value, Integral):
+                raise TypeError(f"{name}: expected an integer, found {value!r}")
         self.d_model, self.d_state, self.d_inner = d_model, d_state, int(ssm_ratio * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
-        for name, value in (("ssm_ratio * d_model", self.d_inner), ("dt_rank", self.dt_rank), ("d_state", d_state)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        for name, value, most in (
+            ("ssm_ratio * d_model", self.d_inner, scan.MAX_CHANNELS),
+            ("dt_rank", self.dt_rank, scan.MAX_RANK),
+            ("d_state", d_state, scan.MAX_STATES),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name}: expected 1 to {most}, found {value}")
         self.channel_first, self.exchange, self.reproject = channel_first, exchange, reproject
         self.gated, self.gate_act = "_noz" not in options, "_nozact" not in options
         lead = () if modalities == 1 else (modalities,)
         inner, paths, rank = self.d_inner, len(PATHS), self.dt_rank
 
         self.in_proj = Linear(d_model, inner * (2 if self.gated else 1), bias, modalities)
-        self.act = act_layer()
+        self.act = _activation(act_layer)
         self.conv2d = DepthwiseConv(inner, d_conv, conv_bias, modalities) if d_conv > 1 else None
         self.x_proj_weight = _uniform(inner**-0.5, *lead, paths, rank + 2 * d_state, inner)
         self.dt_projs_weight = _uniform(rank**-0.5, *lead, paths, inner, rank)
@@ -321,6 +332,11 @@ class SS2D(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        rank = self.x_proj_weight.dim() + 1
+        layout = "(B, d_model, H, W)" if self.channel_first else f"({'2, ' if rank == 5 else ''}B, H, W, d_model)"
+        check_rank("x", x, (rank,), layout)
+        if x.shape[1 if self.channel_first else -1] != self.d_model:
+            raise ValueError(f"x: shape {tuple(x.shape)}, expected {layout} with d_model = {self.d_model}")
         if self.channel_first:
             x = x.permute(0, 2, 3, 1)
         x = self.in_proj(x)
@@ -356,13 +372,14 @@ class VSSBlock(nn.Module):
     """Visual state space block (VMamba): x + SS2D(norm(x)), then x + MLP(norm2(x)) unless mlp_ratio is 0.
 
     Tensors are (B, H, W, hidden_dim), (B, hidden_dim, H, W) with channel_first, or (2, B, H, W, hidden_dim) with
-    modalities=2. Arguments are VMamba's; modalities and scalar_decay are those of `SS2D`, as are the ValueErrors.
+    modalities=2. Arguments are VMamba's; modalities and scalar_decay are those of `SS2D`, as are the errors.
     """
 
     def __init__(
         self,
         hidden_dim: int,
         drop_path: float = 0.0,
+        *,
         channel_first: bool = False,
         ssm_d_state: int = 16,
         ssm_ratio: float = 2.0,
@@ -415,6 +432,13 @@ def _one_more_rank(x_proj_weight: Tensor, dt_weight: Tensor) -> tuple[Tensor, Te
     The kernels copy words. Rows of an odd number of 16-bit values would be copied one by one.
     """
     return F.pad(x_proj_weight, (0, 0, 1, 0)), F.pad(dt_weight, (1, 0))
+
+
+def _activation(act_layer) -> nn.Module:
+    act = act_layer() if callable(act_layer) and not isinstance(act_layer, nn.Module) else None
+    if not isinstance(act, nn.Module):
+        raise TypeError(f"act_layer: expected a module's class such as torch.nn.SiLU, found {act_layer!r}")
+    return act
 
 
 def _uniform(bound: float, *shape: int) -> nn.Parameter:

@@ -19,7 +19,7 @@ def norm_gate(
             also float64 on the CPU.
         weight, bias: ([M,] D), float32 (float64 with float64 y).
         z: shape and dtype of y, or None. y and z may be slices of the channels of larger tensors, read in place.
-        eps: added to the variance.
+        eps: added to the variance, at least 0.
 
     Returns:
         The shape and dtype of y, contiguous. Under autocast y keeps its dtype, z gets it, and the parameters are cast
@@ -36,11 +36,11 @@ def norm_gate(
     if autocast_dtype(y) is not None:
         weight, bias = cast(torch.float32, weight=weight, bias=bias)
         (z,) = cast(y.dtype, z=z)
-    check_once(_check_arguments, y, weight, bias, z)
+    check_once(_check_arguments, y, weight, bias, z, eps)
     return _norm_gate(y, weight, bias, z, eps)
 
 
-def _check_arguments(y, weight, bias, z) -> None:
+def _check_arguments(y, weight, bias, z, eps) -> None:
     lead = tuple(y.shape[:-4])
     m = "M, " if lead else ""
     check_activation("y", y, scan.ACTIVATIONS)
@@ -51,6 +51,9 @@ def _check_arguments(y, weight, bias, z) -> None:
         check_shape(name, tensor, (*lead, y.shape[-1]), f"({m}D)")
         check_dtype(name, tensor, scan.parameter_dtype(y.dtype), f"parameters beside {y.dtype} activations")
         check_device(name, tensor, y.device, "y")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: {eps!r}, expected a number")
+    check_range("eps", eps, 0, float("inf"))
     if z is not None:
         check_shape("z", z, tuple(y.shape), "the shape of y")
         check_dtype("z", z, y.dtype, "the dtype of y")

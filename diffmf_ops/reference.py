@@ -49,7 +49,9 @@ def _scan(x, delta, A, B, C, discretization):
     outputs = []
     for t in range(x.shape[-2]):
         z = delta[..., t, :, None] * A
-        step = delta[..., t, :, None] if discretization == "euler" else torch.expm1(z) / A
+        step = delta[..., t, :, None]
+        if discretization == "zoh":  # near A = 0 by its series
+            step = torch.where(A == 0, step * (1 + z / 2), torch.expm1(z) / torch.where(A == 0, 1, A))
         state = torch.exp(z) * state + step * B[..., t, None, :] * x[..., t, :, None]
         outputs.append((state * C[..., t, None, :]).sum(-1))
     return torch.stack(outputs, dim=-2), state

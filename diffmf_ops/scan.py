@@ -12,7 +12,10 @@ from functools import lru_cache
 import torch
 
 from . import backend
+from .dispatch import wants_gradient
 
+MAX_CHANNELS, MAX_STATES, MAX_RANK = 65536, 256, 64
+MAX_IMAGES = 2**24  # tasks are counted in 32 bits: images times blocks of channels
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,6 +34,19 @@ def parameter_dtype(activation: torch.dtype) -> torch.dtype:
     return torch.float64 if activation == torch.float64 else torch.float32
 
 
+def saves_states(tensors) -> bool:
+    """Whether a gradient is wanted. A trace may run with one wanted and be checked without, so is for inference."""
+    return wants_gradient(tensors) and not torch.jit.is_tracing()
+
+
+def check_saved(name: str, states: torch.Tensor | None) -> None:
+    """Raises RuntimeError where a backward pass misses the states."""
+    if states is None:
+        raise RuntimeError(
+            f"{name}: the states were not saved; to be trained, export without torch.no_grad() and do not trace"
+        )
+
+
 def kernel_dtype(dtype: torch.dtype):
     """The compiled module's name of an activation dtype."""
     names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
@@ -40,6 +56,11 @@ def kernel_dtype(dtype: torch.dtype):
 @lru_cache(maxsize=512)
 def _problem(dtype, sizes, form, shared_decay):
     c = backend.module()
+    modalities, batch = sizes[:2]
+    if modalities * batch > MAX_IMAGES:
+        raise ValueError(
+            f"batch: {batch}, expected at most {MAX_IMAGES // modalities} (with {modalities} modalities or groups)"
+        )
     return c.SS2DProblem(
         dtype=kernel_dtype(dtype),
         sizes=sizes,
@@ -52,14 +73,18 @@ def _problem(dtype, sizes, form, shared_decay):
 
 
 def _addressable(tensor, lead):
-    """The tensor ([M,] B, H, W, ..., C), copied unless channels are contiguous and an image's pixels equally spaced."""
+    """The tensor ([M,] B, H, W, ..., C), copied unless channels are contiguous and an image's pixels equally spaced.
+
+    By less than 2^31 bytes, which the CUDA kernels count in 32 bits.
+    """
     if tensor is None:
         return None
     shape, stride = tensor.shape, tensor.stride()
     height, width = shape[lead + 1], shape[lead + 2]
     channels = stride[-1] == 1 or shape[-1] == 1
     pixels = height == 1 or width == 1 or stride[lead + 1] == width * stride[lead + 2]
-    return tensor if channels and pixels else tensor.contiguous()
+    near = stride[lead + 1 if width == 1 else lead + 2] * tensor.element_size() < 2**31
+    return tensor if channels and pixels and near else tensor.contiguous()
 
 
 def _address(tensor) -> int:
@@ -140,7 +165,9 @@ def backward(form, dy, states, x, proj, delta, dt_weight, dt_bias, A, D):
     dense = torch.contiguous_format
     gradients = [None if t is None else torch.empty_like(t, memory_format=dense) for t in inputs]
     call = _Call(form, *inputs)
-    dy = dy.contiguous()
+    dy, states = dy.contiguous(), states.contiguous()  # the latter as hooks on saved tensors return them
+    if states.data_ptr() % 16 != 0:
+        states = states.clone()
     arguments = backend.module().SS2DGradients(_address(dy), _address(states), call.per_path, *map(_address, gradients))
     backend.run("ss2d_backward", x.device, call.problem, call.inputs, arguments)
     return tuple(gradients)

@@ -6,8 +6,18 @@ import torch
 import torch.nn.functional as F
 
 from . import scan
-from .checks import cast, check_activation, check_device, check_dtype, check_once, check_range, check_rank, check_shape
-from .dispatch import Operator, autocast_dtype, wants_gradient
+from .checks import (
+    cast,
+    check_activation,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_once,
+    check_range,
+    check_rank,
+    check_shape,
+)
+from .dispatch import Operator, autocast_dtype
 
 
 def selective_scan(
@@ -47,24 +57,26 @@ def selective_scan(
     if autocast_dtype(u) is not None:
         delta, B, C, z = cast(u.dtype, delta=delta, B=B, C=C, z=z)
         A, D, delta_bias = cast(torch.float32, A=A, D=D, delta_bias=delta_bias)
-    check_once(check_arguments, u, delta, A, B, C, D, z, delta_bias)
+    check_once(check_arguments, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     B, C = _grouped(B, C, u)
     tensors = (u, delta, A, B, C, D, delta_bias)
-    y, last_state, _ = _selective_scan(*tensors, delta_softplus, return_last_state, wants_gradient(tensors))
+    y, last_state, _ = _selective_scan(*tensors, delta_softplus, return_last_state, scan.saves_states(tensors))
     if z is not None:
         y = y * F.silu(z)
     return (y, last_state.detach()) if return_last_state else y
 
 
-def check_arguments(u, delta, A, B, C, D, z, delta_bias) -> None:
+def check_arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state) -> None:
     """Raises ValueError or TypeError, naming the argument, unless the arguments of `selective_scan` fit together."""
+    check_flag("delta_softplus", delta_softplus)
+    check_flag("return_last_state", return_last_state)
     check_activation("u", u, scan.ACTIVATIONS)
     batch, channels, length = u.shape
     check_range("u: length L", length, 1, 2**30)
-    check_range("u: channels D", channels, 1, 65536)
+    check_range("u: channels D", channels, 1, scan.MAX_CHANNELS)
     check_rank("A", A, (2,), "(D, N)")
     states = A.shape[1]
-    check_range("A: states N", states, 1, 256)
+    check_range("A: states N", states, 1, scan.MAX_STATES)
     check_shape("delta", delta, (batch, channels, length), "(B, D, L)")
     check_shape("A", A, (channels, states), "(D, N)")
     for name, tensor in (("B", B), ("C", C)):
@@ -209,18 +221,15 @@ def _(dy, states, u, delta, A, B, C, D, delta_bias, delta_softplus):
 
 def _save_inputs(ctx, inputs, output):
     *tensors, ctx.delta_softplus, _, save_states = inputs
-    if not save_states:
-        raise RuntimeError(
-            "selective_scan: a gradient is wanted, but the states were not saved; call diffmf_ops.selective_scan"
-        )
     ctx.set_materialize_grads(False)  # no zeros the size of the states as their gradient
-    ctx.save_for_backward(output[2], *tensors)
+    ctx.save_for_backward(output[2] if save_states else None, *tensors)
 
 
 def _gradients(ctx, dy, _dlast, _dstates):
     if dy is None:
         return (None,) * 10
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes it at every look
+    scan.check_saved("selective_scan", saved[0])
     *gradients, dD, dbias = _selective_scan_backward(dy, *saved, ctx.delta_softplus)
     D, delta_bias = saved[-2:]
     return *gradients, None if D is None else dD, None if delta_bias is None else dbias, None, None, None

@@ -19,7 +19,7 @@ from .checks import (
     check_rank,
     check_shape,
 )
-from .dispatch import Operator, autocast_dtype, wants_gradient
+from .dispatch import Operator, autocast_dtype
 from .reference import EXCHANGE_SOURCES
 
 DISCRETIZATIONS = ("euler", "zoh")
@@ -76,7 +76,7 @@ def ss2d(
     paths = check_paths(paths)
     check_once(check_arguments, x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretization)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
-    y, _ = _ss2d(*tensors, paths, exchange, discretization, wants_gradient(tensors))
+    y, _ = _ss2d(*tensors, paths, exchange, discretization, scan.saves_states(tensors))
     return y
 
 
@@ -102,15 +102,15 @@ def check_arguments(x, proj, dt_weight, dt_bias, A, D, paths, exchange, discreti
     check_range("x: height", height, 1, 2**20)
     check_range("x: width", width, 1, 2**20)
     check_range("x: height * width", height * width, 1, 2**30)
-    check_range("x: channels D", channels, 1, 65536)
+    check_range("x: channels D", channels, 1, scan.MAX_CHANNELS)
     rank = dt_weight.shape[-1]
-    check_range("dt_weight: rank R", rank, 1, 64)
+    check_range("dt_weight: rank R", rank, 1, scan.MAX_RANK)
     check_shape("dt_weight", dt_weight, (*lead, k, channels, rank), f"({m}K, D, R)")
     check_rank("proj", proj, (len(lead) + 5,), f"({m}B, H, W, K, R + 2N)")
     if proj.shape[-1] <= rank or (proj.shape[-1] - rank) % 2 != 0:
         raise ValueError(f"proj: rows of {proj.shape[-1]} values, expected R + 2N with R = {rank}")
     states = (proj.shape[-1] - rank) // 2
-    check_range("proj: states N", states, 1, 256)
+    check_range("proj: states N", states, 1, scan.MAX_STATES)
     check_shape("proj", proj, (*lead, batch, height, width, k, rank + 2 * states), f"({m}B, H, W, K, R + 2N)")
     check_shape("dt_bias", dt_bias, (*lead, k, channels), f"({m}K, D)")
     check_rank("A", A, (len(lead) + 3,), f"({m}K, D, N) or ({m}K, D, 1)")
@@ -182,16 +182,15 @@ def _(dy, states, x, proj, dt_weight, dt_bias, A, D, paths, exchange, discretiza
 
 def _save_inputs(ctx, inputs, output):
     *tensors, ctx.paths, ctx.exchange, ctx.discretization, save_states = inputs
-    if not save_states:
-        raise RuntimeError("ss2d: a gradient is wanted, but the states were not saved; call diffmf_ops.ss2d")
     ctx.set_materialize_grads(False)  # no zeros the size of the states as their gradient
-    ctx.save_for_backward(output[1], *tensors)
+    ctx.save_for_backward(output[1] if save_states else None, *tensors)
 
 
 def _gradients(ctx, dy, _dstates):
     if dy is None:
         return (None,) * 10
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes it at every look
+    scan.check_saved("ss2d", saved[0])
     *gradients, dD = _ss2d_backward(dy, *saved, ctx.paths, ctx.exchange, ctx.discretization)
     return *gradients, None if saved[-1] is None else dD, None, None, None, None
 

@@ -54,7 +54,10 @@ def test_strided_input_and_compile(device):
         (lambda: cross_scan(torch.ones(1, 1, 2, 2, dtype=torch.int32)), "x: dtype torch.int32"),
         (lambda: cross_scan(torch.randn(1, 1, 2, 2), (4,)), "paths"),
         (lambda: cross_merge(torch.randn(1, 4, 1, 6), (2, 2)), "y: shape"),
-        (lambda: cross_merge(torch.randn(1, 4, 1, 6), (2, 3, 1)), "shape: "),
+        (lambda: cross_merge(torch.randn(1, 4, 1, 6), (2, 3, 1)), r"shape: \(2, 3, 1\), expected \(H, W\)"),
+        (lambda: cross_merge(torch.randn(1, 4, 1, 6), 6), r"shape: 6, expected \(H, W\)"),
+        (lambda: cross_merge(torch.randn(1, 4, 1, 6), (2.0, 3.0)), r"shape: \(2.0, 3.0\), expected \(H, W\)"),
+        (lambda: cross_scan(torch.randn(1, 1, 2, 2).to_sparse()), "x: torch.sparse_coo, expected torch.strided"),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

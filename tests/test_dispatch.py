@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffmf_ops.flops  # noqa: F401
 from diffmf_ops import backend, cross_scan, depthwise_conv_silu, selective_scan, ss2d
 from diffmf_ops.checks import check_once
 from diffmf_ops.depthwise_conv_silu import _depthwise_conv_silu

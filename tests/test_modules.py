@@ -1,10 +1,12 @@
 """SS2D and VSSBlock against VMamba's definition, restated here in plain float64 PyTorch."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close
 from torch import nn
 
 from diffmf_ops.modules import SS2D, VSSBlock, _one_more_rank, linear, project
@@ -324,14 +326,59 @@ def test_drop_path_drops_whole_samples():
         ({"reproject": True}, "needs modalities=2"),
         ({"channel_first": True, "modalities": 2}, "channel_first=True needs modalities=1"),
         ({"d_conv": 4}, "d_conv: expected an odd size .*found 4"),
-        ({"ssm_ratio": 0.1}, r"ssm_ratio \* d_model: expected at least 1, found 0"),
-        ({"dt_rank": 0}, "dt_rank: expected at least 1, found 0"),
-        ({"d_state": 0}, "d_state: expected at least 1, found 0"),
+        ({"ssm_ratio": 0.1}, r"ssm_ratio \* d_model: expected 1 to 65536, found 0"),
+        ({"dt_rank": 0}, "dt_rank: expected 1 to 64, found 0"),
+        ({"d_state": 0}, "d_state: expected 1 to 256, found 0"),
     ],
 )
 def test_unsupported_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SS2D(8, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"act_layer": "silu"}, "act_layer: expected a module's class such as torch.nn.SiLU, found 'silu'"),
+        ({"act_layer": torch.nn.SiLU()}, r"act_layer: .*found SiLU\(\)"),
+        ({"dt_rank": 2.5}, "dt_rank: expected an integer, found 2.5"),
+        ({"d_state": None}, "d_state: expected an integer, found None"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        SS2D(8, **options)
+
+
+def test_refuses_other_tensors_by_their_shape():
+    for layer, shape, layout in (
+        (SS2D(8), (5, 6, 8), "(B, H, W, d_model)"),
+        (SS2D(8), (1, 8, 5, 6), "(B, H, W, d_model) with d_model = 8"),
+        (SS2D(8, channel_first=True), (1, 5, 6, 8), "(B, d_model, H, W) with d_model = 8"),
+        (SS2D(8, modalities=2), (1, 5, 6, 8), "(2, B, H, W, d_model)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"x: shape {shape}, expected {layout}")):
+            layer(torch.randn(shape))
+
+
+def test_block_takes_options_by_name_only():
+    with pytest.raises(TypeError, match="positional"):
+        VSSBlock(8, 0.1, torch.nn.LayerNorm)  # VMamba's third is norm_layer
+    with pytest.raises(ValueError, match=r"drop_path: 2\.0, expected 0 to 1"):
+        VSSBlock(8, 2.0)
+
+
+def test_trains_only_where_states_are_saved():
+    """Traced, or exported under no_grad, a layer is for inference, and runs with gradients on too."""
+    layer, x = SS2D(8, 4), torch.randn(1, 5, 6, 8)
+    expected = layer(x)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,)).module()
+    for program in (exported, torch.jit.trace(layer, x)):
+        y = program(x)
+        assert_close(y, expected, FP32)
+        with pytest.raises(RuntimeError, match="ss2d: the states were not saved"):
+            y.sum().backward()
 
 
 def test_vmamba_s_block_can_hold_it():

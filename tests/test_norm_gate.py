@@ -153,6 +153,8 @@ def test_double_backward_is_refused(device):
         ({"weight": torch.randn(6)}, r"weight: shape \(6,\)"),
         ({"weight": torch.randn(5).double()}, "weight: dtype torch.float64"),
         ({"bias": torch.randn(5, device="meta")}, "bias: on meta"),
+        ({"eps": -1e-5}, "eps: -1e-05, expected 0 to inf"),
+        ({"eps": "small"}, "eps: 'small', expected a number"),
         ({"z": torch.randn(1, 3, 4, 6)}, r"z: shape \(1, 3, 4, 6\)"),
         ({"z": torch.randn(1, 3, 4, 5).bfloat16()}, "z: dtype torch.bfloat16"),
     ],

@@ -14,10 +14,12 @@ class ScanLayer(nn.Module):
 
     def __init__(
         self, channels=6, inner=7, states=3, rank=2, kernel_size=3, bias=False, conv_bias=True, gated=True, decays=None,
-        dropout=0.0, paths=(0, 1, 2, 3), eps=1e-5, act=F.silu,
+        dropout=0.0, paths=(0, 1, 2, 3), eps=1e-5, act=F.silu, out_act=nn.Identity, norm=True, gate_act=True,
     ):  # fmt: skip
         super().__init__()
-        k, self.sizes, self.paths, self.act, self.inner = len(paths), (rank, states, states), paths, act, inner
+        k, self.sizes, self.paths, self.inner = len(paths), (rank, states, states), paths, inner
+        self.act = act() if isinstance(act, type) else act
+        self.out_act, self.disable_z_act = out_act(), not gate_act
         self.in_proj = nn.Linear(channels, inner * (2 if gated else 1), bias)
         if kernel_size is not None:
             self.conv2d = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=conv_bias)
@@ -26,7 +28,7 @@ class ScanLayer(nn.Module):
         self.dt_projs_bias = nn.Parameter(torch.randn(k, inner) - 4)
         self.A_logs = nn.Parameter(torch.randn(k * inner, decays or states))
         self.Ds = nn.Parameter(torch.ones(k * inner))
-        self.out_norm = nn.LayerNorm(inner, eps)
+        self.out_norm = nn.LayerNorm(inner, eps) if norm else nn.Identity()
         self.out_proj = nn.Linear(inner, channels, bias)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
 
@@ -42,8 +44,10 @@ class ScanLayer(nn.Module):
             delta_bias=self.dt_projs_bias.flatten(), delta_softplus=True,
         )  # fmt: skip
         y = reference.cross_merge(y.unflatten(1, (len(self.paths), -1)), x.shape[-2:], self.paths)
-        y = self.out_norm(y.permute(0, 2, 3, 1))
-        y = self.out_proj(y * F.silu(z[0]) if z else y)
+        y = self.out_act(self.out_norm(y.permute(0, 2, 3, 1)))
+        for gate in z:
+            y = y * (gate if self.disable_z_act else self.act(gate))
+        y = self.out_proj(y)
         return y if self.dropout is None else self.dropout(y)
 
 
@@ -65,6 +69,8 @@ class Block(nn.Module):
         {"inner": 29, "states": 1, "rank": 1, "eps": 1e-3},
         {"decays": 1, "inner": 12},
         {"kernel_size": None},
+        {"act": nn.GELU},
+        {"gate_act": False, "out_act": nn.GELU, "norm": False},
     ],
     ids=str,
 )
@@ -99,6 +105,17 @@ def test_channels_first():
     assert_close(network(x), expected, 2e-6)
 
 
+def test_keeps_the_order_of_parameters():
+    """Optimizers know their parameters by it."""
+    layer = ScanLayer()
+    layer.in_proj = layer._modules.pop("in_proj")
+    layer.x_proj_weight = layer._parameters.pop("x_proj_weight")
+    network = nn.Sequential(layer)
+    names = [name for name, _ in network.named_parameters()]
+    replace_ss2d(network, ScanLayer)
+    assert names == [name for name, _ in network.named_parameters()]
+
+
 def test_keeps_dropout_mode_dtype_and_sharing():
     network = nn.ModuleList([ScanLayer(dropout=0.25).half()] * 2).train()
     network[0].A_logs.requires_grad_(False)
@@ -129,6 +146,27 @@ def test_whatever_the_default_dtype():
     assert network[0].A_logs.dtype == torch.float32
 
 
+def fresh(layer):
+    """As VMamba's networks start: next to the biases the scan hardly shows in the output."""
+    for linear in (layer.in_proj, layer.out_proj):
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.uniform_(layer.x_proj_weight, -0.1, 0.1)
+    return layer
+
+
+class DropsInTraining(ScanLayer):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Windowed(ScanLayer):
+    """8 x 8 pixels at a time."""
+
+    def forward(self, x):
+        rows = [[super(Windowed, self).forward(w) for w in row.split(8, dim=2)] for row in x.split(8, dim=1)]
+        return torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
+
+
 class Transposed(ScanLayer):
     def forward(self, x):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
@@ -145,6 +183,13 @@ class Flat(ScanLayer):
         (lambda: ScanLayer(paths=(1, 0, 2, 3)), "relative difference"),
         (lambda: ScanLayer(paths=(0, 1, 2, 1)), "relative difference"),
         (lambda: ScanLayer(act=F.gelu), "relative difference"),
+        (lambda: fresh(ScanLayer(paths=(0, 0, 0, 0), states=1)), "relative difference"),
+        (lambda: fresh(ScanLayer(paths=(0, 0, 2, 2))), "relative difference"),
+        (lambda: DropsInTraining(), "relative difference"),
+        (lambda: Windowed(), "relative difference"),
+        (lambda: ScanLayer(act=nn.BatchNorm2d(7)), "buffers act.running_mean"),
+        (lambda: ScanLayer(kernel_size=4), "d_conv: expected an odd size"),
+        (lambda: ScanLayer().to("meta"), "on the meta device"),
         (lambda: Transposed(), "relative difference"),
         (lambda: Flat(), r"returns .*, expected \(1, 5, 7, 6\)"),
         (lambda: ScanLayer(paths=(0, 1)), r"x_proj_weight \(2, 8, 7\), expected .*x_proj_weight \(4, 8, 7\)"),
@@ -163,6 +208,12 @@ def test_refuses_what_computes_something_else(layer, message):
 def test_needs_a_layer_to_replace():
     with pytest.raises(ValueError, match="found no ScanLayer inside a Sequential"):
         replace_ss2d(nn.Sequential(nn.Linear(2, 2)), ScanLayer)
+    with pytest.raises(ValueError, match="found no ScanLayer inside a ScanLayer, only itself"):
+        replace_ss2d(ScanLayer(), ScanLayer)
+    with pytest.raises(TypeError, match="network: a str"):
+        replace_ss2d("vmamba", ScanLayer)
+    with pytest.raises(TypeError, match="layer: 'SS2D'"):
+        replace_ss2d(nn.Sequential(ScanLayer()), "SS2D")
 
 
 def test_names_the_layer_that_does_not_run():
@@ -170,5 +221,7 @@ def test_names_the_layer_that_does_not_run():
         def forward(self, x):
             raise OSError("no such device")
 
-    with pytest.raises(RuntimeError, match="0: a Broken cannot be run on cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"0: a Broken cannot be run on cpu with an input \(1, 5, 7, 6\): no such device"
+    ):
         replace_ss2d(nn.Sequential(Broken()), Broken)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from helpers import assert_close, double, with_gradients
@@ -154,6 +156,32 @@ def test_bad_input_names_the_argument(index, change, message):
     tensors[index] = change(tensors[index])
     with pytest.raises((ValueError, TypeError), match=message):
         selective_scan(*tensors)
+
+
+@pytest.mark.parametrize("flag", ["delta_softplus", "return_last_state"])
+def test_flags_are_booleans(flag):
+    with pytest.raises(TypeError, match=f"{flag}: 'no', expected True or False"):
+        selective_scan(*make_inputs(2, 4, 9, 3, "shared", "shared"), **{flag: "no"})
+
+
+def repacked():
+    """Saved tensors come back equal, but transposed in memory and misaligned."""
+
+    def unpack(tensor):
+        moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        return moved.copy_(tensor).transpose(0, -1)
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t.transpose(0, -1).contiguous(), unpack)
+
+
+def test_saved_tensors_may_return_with_other_strides(device):
+    tensors = make_inputs(2, 4, 200, 3, "shared", "shared", device=device)
+    scan, seed = partial(selective_scan, delta_softplus=True), torch.randn(tensors[0].shape)
+    _, expected = with_gradients(scan, tensors, seed)
+    with repacked():
+        _, found = with_gradients(scan, tensors, seed)
+    for f, e in zip(found, expected, strict=True):
+        assert_close(f, e, 1e-6)  # of z by PyTorch, which adds in another order
 
 
 def test_groups_that_do_not_divide_the_channels_are_refused():

@@ -35,9 +35,10 @@ inline double widen(double value) { return value; }
 inline float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 inline float widen(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
-  // Moved up to float's fields the exponent is 112 too small; the product also normalizes subnormals.
-  const float finite = float_of(magnitude << 13) * 0x1p112f;
-  return float_of(sign | (magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : bits_of(finite)));
+  // Subnormals count 2^-24; a float that is subnormal itself would be zero where the caller has denormals off.
+  const uint32_t small = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t exponent = magnitude < 0x7c00 ? 112 : 224;  // added to half's; all ones stay all ones
+  return float_of(sign | (magnitude < 0x400 ? small : (magnitude << 13) + (exponent << 23)));
 }
 
 // Round to nearest even; NaN stays NaN.

@@ -14,7 +14,7 @@ namespace diffmf::cpu {
 
 class Team {
  public:
-  // The calling thread counts as one. Throws std::system_error when a thread cannot be started.
+  // The calling thread counts as one; has fewer threads where no more can be started.
   explicit Team(int threads);
   ~Team();
   Team(const Team&) = delete;
@@ -27,7 +27,6 @@ class Team {
   void for_each(int64_t count, const std::function<void(int64_t index, int thread)>& body);
 
  private:
-  void stop();
   void work(int thread);
   void take_indices(int thread);
 

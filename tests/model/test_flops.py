@@ -47,5 +47,8 @@ def test_command(capsys):
     assert cli.main(["flops", "--height", "64", "--width", "64", "model.d_model=8", "model.stages=2"]) == 0
     out = capsys.readouterr().out
     assert "393.871" in out and "336852.764" in out and "extraction.1" in out and "extraction.2" not in out
+    assert "2 extraction stages, 3x3 convolutions of C channels (1*C in the decoder)," in out
+    assert cli.main(["flops", "--height", "64", "--width", "64", "--config", "small"]) == 0
+    assert "3x3 convolutions of C channels (4*C in the decoder)," in capsys.readouterr().out
     assert cli.main(["flops", "--height", "0"]) == 2
     assert capsys.readouterr().err.strip() == "diffmf: error: --height: expected at least 1, found 0"
