@@ -1,8 +1,8 @@
 """`diffmf ablate`: the paper's Tables II to VI at a reduced budget, and whether their signs hold.
 
 Every variant is trained from the same seed, on the same pairs, for the same number of steps, by `diffmf train` in a
-process of its own, into OUTPUT/VARIANT; its last weights are scored on one split. A variant whose record.json is there
-is not trained again, and one that was interrupted continues.
+process of its own, into OUTPUT/VARIANT; its last weights are scored on one split. A variant whose record.json has its
+scores is not trained again, and one that was interrupted continues, both with the settings that it began with only.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         overrides = [*args.overrides, *budget, *VARIANTS[name].overrides]
         settings = {"data": str(args.data), "split": args.split}
         settings |= {"config": to_dict(load_config(args.config, overrides))}
-        record = _read_record(output / name / "record.json", settings)
-        if record is not None:
+        record = _read_record(output / name, settings)
+        if "means" in record:
             records[name] = record
         else:
             waiting[name] = (overrides, settings)
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "diffmf_model", "train", "--data", str(args.data), "--output", str(folder)]
         command += ["--resume"] if (folder / "state.safetensors").exists() else []
         command += ["--config", args.config, "--device", str(device), *overrides]
+        record = {"variant": name, "settings": settings}
+        _write(make_folder(folder) / "record.json", json.dumps(record, indent=1) + "\n")
         failure = _train(command, folder, args.jobs)
         if failure is not None:
             print(f"diffmf: {name}: training failed: {failure} ({folder / 'train.log'})", file=sys.stderr, flush=True)
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             fuser = model_fuser(load_model(folder / "last.safetensors", device), device)
             scores = evaluate(test, {name: fuser}, PROTOCOLS[0], False, device)[name]
         steps = len((folder / "log.jsonl").read_text().splitlines())
-        record = {"variant": name, "settings": settings, "steps": steps, "means": mean_scores(scores, test.names)}
+        record |= {"steps": steps, "means": mean_scores(scores, test.names)}
         _write(folder / "record.json", json.dumps(record, indent=1) + "\n")
         records[name] = record
         print(f"{name}: {steps} steps", flush=True)
@@ -131,7 +133,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(command: list[str], folder: Path, jobs: int) -> str | None:
     """Runs one training into its log. Returns None, or the last line of what it said when it failed."""
-    folder.mkdir(parents=True, exist_ok=True)
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with open(folder / "train.log", "w", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=log, env=threads | os.environ).returncode
@@ -139,15 +140,18 @@ def _train(command: list[str], folder: Path, jobs: int) -> str | None:
     return None if status == 0 else (lines[-1] if lines else f"exit status {status}")
 
 
-def _read_record(path: Path, settings: dict) -> dict | None:
+def _read_record(folder: Path, settings: dict) -> dict:
+    """A variant's record: with its means once it is finished, empty before it began. UserError for other settings."""
+    path = folder / "record.json"
     if not path.exists():
-        return None
+        return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a record of `diffmf ablate` ({error!r})") from error
-    if found != settings:
+    began = "means" in record or (folder / "state.safetensors").exists()
+    if began and found != settings:
         raise UserError(f"{path}: made with other data or settings; use another --output")
     return record
 

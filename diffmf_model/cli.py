@@ -1,6 +1,7 @@
 """The `diffmf` command: a table of subcommands, each a module with `add_arguments(parser)` and `run(args) -> int`."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns the exit status: 2 for what the user gave wrong, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
     parser = argparse.ArgumentParser(prog="diffmf", description="DIFF-MF infrared-visible image fusion")
     parser.add_argument("--version", action="version", version=f"diffmf {package_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -269,14 +269,16 @@ def markdown_table(title: str, means: dict[str, dict[str, float]], others: list[
     def bold(text: str, best: bool) -> str:
         return f"**{text}**" if best else text
 
+    columns = {m: [row[m] for row in ranked.values() if m in row and not math.isnan(row[m])] for m in METRICS}
+    top = {m: max(values, default=math.inf) for m, values in columns.items()}
     for method, row in ranked.items():
-        top = {m: max(other.get(m, -math.inf) for other in ranked.values()) for m in METRICS}
         cells = [
             f"{bold(f'{row[m]:.{digits(m)}f}', row[m] == top[m])} ({ranks[method][m]:g})" if m in row else "–"
             for m in METRICS
         ]
         rank = bold(f"{averages[method]:.2f}", averages[method] == min(averages.values()))
-        lines.append(f"| {method if method in means else f'*{method}*'} | {' | '.join(cells)} | {rank} |")
+        name = method.replace("|", "\\|")
+        lines.append(f"| {name if method in means else f'*{name}*'} | {' | '.join(cells)} | {rank} |")
     for table in others:
         for method, row in table.rows.items() if not table.same_pairs else ():
             cells = [f"{row[m]:.{digits(m)}f}" if m in row else "–" for m in METRICS]

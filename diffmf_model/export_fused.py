@@ -6,8 +6,8 @@ pictures, PNG files, take the folder and names of the visible ones, so that what
 Detection (M3FD): ROOT/{Ir,Vis,Annotation}, the labels as Pascal VOC's XML. OUT has images/NAME.png, Annotation as it
 was, and what YOLO reads: labels/NAME.txt, data.yaml and a split 8 : 1 : 1 (the paper's) in {train,val,test}.txt.
 
-Everything else in ROOT is copied as it is. Pictures that are already there are skipped: they are written whole or not
-at all.
+Everything else in ROOT is copied as it is, what it links to too. Pictures that are already there are skipped: they are
+written whole or not at all.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import xml.etree.ElementTree as xml
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     root, output = Path(args.root), Path(args.output)
     device = select_device(args.device)
-    places = find_places(root)
-    if output.resolve() == root.resolve() or root.resolve() in output.resolve().parents:
+    places, folders = find_places(root), list(_folders(root))
+    if {folder.resolve() for folder in folders} & {output.resolve(), *output.resolve().parents}:
         raise UserError(f"OUT: expected a folder outside {root}, found {output}")
     work = [(folder, *match_folders(ir, vi)) for folder, ir, vi in places]
     lonely = [name for _, _, unmatched in work for name in unmatched]
@@ -64,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
         targets += [(pair, target / f"{pair.name}.png") for pair in pairs]
     taken = {path for _, path in targets}
     sources = {source for _, ir, vi in places for source in (ir, vi)}
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and not sources & set(p.parents)):
-        if output / path.relative_to(root) not in taken:
-            _copy(path, output / path.relative_to(root))
+    for folder in folders:
+        for path in sorted(p for p in folder.iterdir() if p.is_file() and not sources & set(p.parents)):
+            if output / path.relative_to(root) not in taken:
+                _copy(path, output / path.relative_to(root))
     for path in {path.parent for path in taken}:
         path.mkdir(parents=True, exist_ok=True)
     for folder in labels:
@@ -88,7 +90,7 @@ def find_places(root: Path) -> list[tuple[Path, Path, Path]]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     places = []
-    for folder in [root, *sorted(p for p in root.rglob("*") if p.is_dir())]:
+    for folder in _folders(root):
         inside = {
             kind: [p for p in folder.iterdir() if p.is_dir() and p.name.lower() in FOLDERS[kind]] for kind in FOLDERS
         }
@@ -100,6 +102,15 @@ def find_places(root: Path) -> list[tuple[Path, Path, Path]]:
             "ROOT/train/Infrared and ROOT/train/Visible as in FMB"
         )
     return places
+
+
+def _folders(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The folder and all below it, linked ones too, but none inside itself: a link to what it lies in is left out."""
+    here = folder.resolve()
+    if here not in above:
+        yield folder
+        for each in sorted(p for p in folder.iterdir() if p.is_dir()):
+            yield from _folders(each, above | {here})
 
 
 def _annotations(folder: Path) -> Path | None:
@@ -126,6 +137,9 @@ def voc_boxes(folder: Path, pairs: list[Pair]) -> dict[str, list[tuple[str, tupl
             boxes[pair.name] = []
             for each in tree.iter("object"):
                 corners = [float(each.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+                if not (corners[0] <= corners[2] and corners[1] <= corners[3]):
+                    found = ", ".join(f"{corner:g}" for corner in corners)
+                    raise ValueError(f"box {found}: expected xmin <= xmax and ymin <= ymax")
                 left, top, right, bottom = (min(max(v / size[i % 2], 0), 1) for i, v in enumerate(corners))
                 box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
                 boxes[pair.name].append((each.findtext("name").strip(), box))

@@ -70,7 +70,7 @@ def fuse_images(
 
     model: a network on `device`, in eval mode; None takes the weights that the package carries.
     Returns (C, H, W) float32 in [0, 1] on the CPU: the fused Y, under the visible image's Cb and Cr where it has colour
-    (unless `grey`), with the visible image's alpha where it has one.
+    (unless `grey`; greyer where RGB has no such colour of that Y), with the visible image's alpha where it has one.
     Raises UserError for unreadable files, tensors that are no such images, sizes that differ, a device that is absent,
     too little memory and weights that give NaN.
     """
@@ -182,7 +182,7 @@ def fuse_luma(
 
 
 def recolour(y: torch.Tensor, vi: torch.Tensor) -> torch.Tensor:
-    """RGB (3, H, W) of a fused Y (1, H, W) under the Cb and Cr of a visible image (3 or 4, H, W)."""
+    """RGB (3, H, W) of a fused Y (1, H, W), which it keeps, under the Cb and Cr of a visible image (3 or 4, H, W)."""
     return ycbcr_to_rgb(torch.cat((y, rgb_to_ycbcr(vi[:3])[1:])))
 
 

@@ -6,6 +6,7 @@ alpha. An infrared image's alpha is ignored.
 """
 
 import os
+import secrets
 import struct
 import zlib
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from .errors import UserError
 
@@ -39,16 +41,24 @@ def decode(path: str | os.PathLike) -> np.ndarray:
         # A file, not its name: by name Pillow maps plain TIFFs into memory, and turns those wrongly (seen in 13.0).
         with open(path, "rb") as file, Image.open(file) as image:
             image.load()
+            tags = image.tag_v2 if image.format == "TIFF" else {}
             array = np.asarray(_plain_mode(ImageOps.exif_transpose(image)))
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason})") from error
+    wide = array.dtype != np.uint8
+    signed, bits = tags.get(SAMPLEFORMAT, (1,))[0] == 2, tags.get(BITSPERSAMPLE, (16,))[0]
+    if wide and array.dtype != np.float32 and (signed or bits != 16):
+        found = f"{'signed' if signed else 'unsigned'} {bits}-bit"
+        raise UserError(f"{path}: expected unsigned 8- or 16-bit integers, found {found}")
     if array.dtype == np.int32:  # some Pillow versions open 16-bit grey PNG files as 32-bit integers
         if array.min() < 0 or array.max() > 65535:
             raise UserError(f"{path}: expected 8- or 16-bit samples, found {array.min()} to {array.max()}")
         array = array.astype(np.uint16)
     elif array.dtype == np.float32 and not (array.min() >= 0 and array.max() <= 1):
         raise UserError(f"{path}: expected float samples in [0, 1], found {array.min():g} to {array.max():g}")
+    if wide and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0; Pillow inverts 8-bit samples only
+        array = 1 - array if array.dtype == np.float32 else ~array
     return array if array.ndim == 3 else array[..., None]
 
 
@@ -84,12 +94,16 @@ def _y(red: torch.Tensor, green: torch.Tensor, blue: torch.Tensor) -> torch.Tens
 
 
 def ycbcr_to_rgb(ycbcr: torch.Tensor) -> torch.Tensor:
-    """The inverse of `rgb_to_ycbcr`, clamped to [0, 1]."""
+    """The inverse of `rgb_to_ycbcr`. A colour outside [0, 1] moves towards the grey of its Y until it is inside."""
     y, cb, cr = ycbcr.unbind(-3)
     red = y + 1.402 * (cr - 0.5)
     blue = y + 1.772 * (cb - 0.5)
     green = (y - 0.299 * red - 0.114 * blue) / 0.587
-    return torch.stack((red, green, blue), dim=-3).clamp(0, 1)
+    rgb, grey = torch.stack((red, green, blue), dim=-3), y.clamp(0, 1).unsqueeze(-3)
+    away = rgb - grey
+    room = torch.where(away > 0, 1 - grey, grey)
+    share = (room / away.abs().clamp(min=torch.finfo(away.dtype).tiny)).amin(-3, keepdim=True)
+    return grey.lerp(rgb, share.clamp(max=1)).clamp(0, 1)
 
 
 def luma(image: torch.Tensor) -> torch.Tensor:
@@ -116,7 +130,7 @@ def atomic_write(path: str | os.PathLike):
     Raises UserError when the file cannot be created or written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a long name would leave no room for more
     try:
         with open(partial, "wb") as file:
             yield file

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             config = load_config(args.config, args.overrides)
         trainer = Trainer(config, args.data, folder, device, rank, world)
         if tensors is not None:
-            trainer.restore(state, tensors, info)
+            trainer.restore(state, tensors, info, saved)
         elif config.train.weights:
             trainer.start_from(config.train.weights)
         with trainer:
@@ -140,6 +141,8 @@ class Trainer:
             PairDataset(data, split="train"), config.data.crop_size, settings.seed, config.data.jitter
         )
         self.validation_pairs = PairDataset(data, split="val")
+        names = json.dumps([self.crops.pairs.names, self.validation_pairs.names])
+        self.names = hashlib.sha256(names.encode()).hexdigest()
         self.global_batch = config.data.batch_size * world
         self.batches = EpochBatches(len(self.crops), config.data.batch_size, rank, world, settings.seed)
         if len(self.batches) == 0:
@@ -201,13 +204,21 @@ class Trainer:
             raise UserError(f"train.weights: {weights} has {_others(model.config, self.config.model)}")
         self.model.load_state_dict(model.state_dict())
 
-    def restore(self, path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
+    def restore(self, path: Path, tensors: dict[str, torch.Tensor], info: dict, saved: Config) -> None:
+        """Continues from a state and the settings saved with it. Raises UserError for a state of other data."""
         if info.get("training_pairs", len(self.crops)) != len(self.crops):
             raise UserError(f"--data: {len(self.crops)} training pairs, but the run has {info['training_pairs']}")
+        if info.get("names", self.names) != self.names:  # states of earlier versions have none
+            raise UserError(f"--data: {self.record['data']} has other training or validation pairs than the run")
         restore_training_state(path, tensors, self.model, self.optimizer, self.averaged)
         self.step, self.validations, self.best = info["step"], info["validations"], info["best"]
         self.fitted_steps = info.get("fitted_steps", 0) if self.config.train.fit_minutes else 0
         self.total_steps = self.fitted_steps or self.total_steps
+        best_by = self.config.train.best_by
+        if best_by != saved.train.best_by or (best_by == "loss" and self.config.loss != saved.loss):
+            self.best = None  # a score of something else
+            if self.rank == 0:
+                print("train.best_by or the loss is another: best.safetensors is chosen anew", file=sys.stderr)
 
     def train(self) -> None:
         if self.device.type == "cuda":
@@ -397,7 +408,7 @@ class Trainer:
         """Writes the run's state, its weights and its record."""
         if self.rank == 0:
             info = {"step": self.step, "validations": self.validations, "best": self.best}
-            info |= {"fitted_steps": self.fitted_steps, "training_pairs": len(self.crops)}
+            info |= {"fitted_steps": self.fitted_steps, "training_pairs": len(self.crops), "names": self.names}
             info |= {"global_batch": self.global_batch, "config": to_dict(self.config)}
             save_model(self.folder / "last.safetensors", self._weights_to_keep())
             save_training_state(self.folder / "state.safetensors", self.model, self.optimizer, self.averaged, info)

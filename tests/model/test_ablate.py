@@ -96,6 +96,20 @@ def test_a_failed_variant_does_not_stop_the_others(data, tmp_path, command, monk
     assert "1 of 2 variants failed" in stderr and "| | DIFF-MF |" in stdout
 
 
+def test_an_interrupted_variant_continues_with_its_settings_only(data, tmp_path, command, fails, monkeypatch):
+    monkeypatch.setattr(ablate, "VARIANTS", {"full": ablate.VARIANTS["full"]})
+    arguments = ["ablate", "--data", data, "--output", tmp_path / "out", "--steps", "1", "--device", "cpu", *SETTINGS]
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "_train", lambda *_: "ended before its first step")
+        assert command(*arguments)[0] == 1
+        assert command(*arguments, "train.lr=0.5")[0] == 1  # there is no state yet
+    (tmp_path / "out/full/state.safetensors").touch()
+    assert "record.json: made with other data or settings" in fails(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "_train", lambda command, *_: str("--resume" in command))
+        assert "training failed: True" in command(*arguments, "train.lr=0.5")[2]
+
+
 def test_wrong_use(data, tmp_path, fails):
     arguments = ["ablate", "--data", data, "--output", tmp_path / "out"]
     assert "--steps: expected at least 1, found 0" in fails(*arguments, "--steps", "0")

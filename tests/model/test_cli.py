@@ -37,6 +37,17 @@ def test_a_reader_that_stops_early_is_no_error():
     assert result.stdout == ""
 
 
+def test_names_that_are_not_text_are_printed():
+    script = (
+        "import sys, types; from diffmf_model import cli\n"
+        "run = lambda args: print(b'a\\xff'.decode(errors='surrogateescape')) or 0\n"
+        "cli.import_module = lambda *_: types.SimpleNamespace(add_arguments=lambda parser: None, run=run)\n"
+        "sys.exit(cli.main(['fuse']))"
+    )
+    result = python("-c", script)
+    assert (result.returncode, result.stdout) == (0, "a\\udcff\n"), result.stderr
+
+
 def test_version(command):
     status, stdout, _ = command("--version")
     assert status == 0 and stdout.startswith("diffmf ")

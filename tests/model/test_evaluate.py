@@ -111,6 +111,12 @@ def test_mean_ranks_share_ties_and_put_nan_last():
     assert column_ranks(means)["b"]["EN"] == 2.0 and column_ranks(means)["a"]["SD"] == 1.0
 
 
+def test_the_best_is_bold_beside_nan_and_a_bar_in_a_name_is_no_column():
+    means = {"DIFF-MF": dict.fromkeys(METRICS, math.nan), "a|b": dict.fromkeys(METRICS, 2.0)}
+    means["c"] = dict.fromkeys(METRICS, 1.0)
+    assert "| a\\|b | **2.00** (1) | **2.00** (1) |" in (text := markdown_table("t", means)) and "**nan**" not in text
+
+
 def test_published_rows_of_the_same_pairs_are_ranked_and_others_are_not():
     tables = published.tables("TNO-25", "cddfuse", False)
     assert published.tables("TNO-25", "vifb", False) == published.tables("TNO-25", "cddfuse", True) == []

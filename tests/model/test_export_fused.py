@@ -66,12 +66,12 @@ def test_detection(detection, tmp_path, weights, command):
     assert f'path: "{tmp_path / "out"}"\ntrain: train.txt\n' in yaml and 'nc: 2\nnames: ["Car", "People"]' in yaml
 
     (tmp_path / "out/images/00007.png").unlink()
-    (tmp_path / "out/images/.00007.png.1.tmp").write_bytes(b"")  # what a killed export leaves
+    (tmp_path / "out/images/.0123456789abcdef.tmp").write_bytes(b"")  # what a killed export leaves
     before = (tmp_path / "out/images/00006.png").stat().st_mtime_ns
     status, stdout, _ = command(*arguments)
     assert status == 0 and "1 pairs fused, 9 were there, of 10" in stdout
     assert (tmp_path / "out/images/00006.png").stat().st_mtime_ns == before
-    (tmp_path / "out/images/.00007.png.1.tmp").unlink()
+    (tmp_path / "out/images/.0123456789abcdef.tmp").unlink()
     assert files(tmp_path / "out") == out
 
 
@@ -118,6 +118,24 @@ def test_segmentation(tmp_path, picture, weights, command):
         assert image.size == (64, 48) and image.mode == "RGB"
 
 
+def test_links_are_followed(tmp_path, picture, weights, command, fails):
+    root, far = tmp_path / "FMB", tmp_path / "far"
+    for kind in ("Infrared", "Visible"):
+        picture(far / "train" / kind / "a.png")
+    picture(far / "labels" / "a.png")
+    root.mkdir()
+    (root / "train").symlink_to(far / "train")
+    for name in ("Label", "Again"):
+        (far / "train" / name).symlink_to(far / "labels")
+    (far / "train" / "cycle").symlink_to(root)
+    assert "OUT: expected a folder outside" in fails("export-fused", root, far / "labels/out")
+    status, stdout, stderr = command("export-fused", root, tmp_path / "out", "--weights", weights)
+    assert status == 0 and "1 pairs fused, 0 were there, of 1" in stdout, stderr
+    assert set(files(tmp_path / "out")) == {
+        "export.json", "train/Visible/a.png", "train/Label/a.png", "train/Again/a.png",
+    }  # fmt: skip
+
+
 def test_bad_input(detection, tmp_path, weights, fails):
     out = tmp_path / "out"
     arguments = ("export-fused", detection, out, "--weights", weights, "--device", "cpu")
@@ -125,6 +143,8 @@ def test_bad_input(detection, tmp_path, weights, fails):
     (tmp_path / "empty").mkdir()
     assert "no infrared and visible folders found; expected ROOT/Ir" in fails("export-fused", tmp_path / "empty", out)
     assert "OUT: expected a folder outside" in fails("export-fused", detection, detection / "fused")
+    (detection / "Annotation/00001.xml").write_text(LABEL.replace("<xmin>16", "<xmin>40"))
+    assert "00001.xml: not a Pascal VOC label file (box 40, 12, 32, 36: expected xmin <= xmax" in fails(*arguments)
     (detection / "Annotation/00001.xml").write_text("<annotation>")
     assert "00001.xml: not a Pascal VOC label file" in fails(*arguments)
     (detection / "Annotation/00001.xml").unlink()

@@ -23,8 +23,9 @@ def test_pair_of_files_in_colour(tmp_path, pairs, average, command):
     assert status == 0 and str(output) in stdout
     fused, vi, ir = (read_image(path) for path in (output, root / "vi/a.png", root / "ir/a.png"))
     assert fused.shape == (3, 48, 64)
-    # The picture's Y is the stand-in's output and its Cb and Cr are the visible's, wherever RGB can show that colour.
+    # The picture's Y is the stand-in's output, also where RGB cannot show the visible's Cb and Cr of that Y.
     expected = torch.cat(((ir + luma(vi)) / 2, rgb_to_ycbcr(vi)[1:]))
+    assert (to_uint8(luma(fused)).int() - to_uint8(expected[:1]).int()).abs().max() <= 1
     shown = (fused > 0).all(dim=0) & (fused < 1).all(dim=0)
     assert shown.float().mean() > 0.05
     assert (rgb_to_ycbcr(fused) - expected)[:, shown].abs().max() < 0.005  # measured 0.0039: rounding to 8 bits

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -53,6 +54,42 @@ def test_turned_tiff(tmp_path, rng, dtype):
     assert torch.equal(to_uint8(image)[0] if dtype == np.uint8 else image[0] * 65535, torch.from_numpy(samples))
 
 
+def test_tiffs_whose_white_is_0(tmp_path, rng):
+    for name, samples in (
+        ("8", rng.integers(0, 256, (9, 13), dtype=np.uint8)),
+        ("16", rng.integers(0, 65536, (9, 13), dtype=np.uint16)),
+        ("float", rng.random((9, 13), dtype=np.float32)),
+    ):
+        Image.fromarray(samples).save(tmp_path / "a.tif")
+        black = read_image(tmp_path / "a.tif")
+        patch_tag(tmp_path / "a.tif", 262, 0)
+        assert (read_image(tmp_path / "a.tif") - (1 - black)).abs().max() < 1e-6, name  # measured 6e-8
+
+
+def test_integers_of_other_sizes_are_refused(tmp_path, rng):
+    path = tmp_path / "a.tif"
+    Image.fromarray(rng.integers(0, 65536, (9, 13), dtype=np.int32)).save(path)
+    with pytest.raises(UserError, match=r"a\.tif: expected unsigned 8- or 16-bit integers, found signed 32-bit"):
+        read_image(path)
+    patch_tag(path, 339, 1)
+    with pytest.raises(UserError, match="found unsigned 32-bit"):
+        read_image(path)
+    samples = Image.fromarray(rng.integers(0, 4096, (9, 13), dtype=np.uint16))
+    samples.save(path, tiffinfo={339: 2})
+    with pytest.raises(UserError, match="found signed 16-bit"):
+        read_image(path)
+    samples.save(path)
+    patch_tag(path, 258, 12)
+    with pytest.raises(UserError, match="found unsigned 12-bit"):
+        read_image(path)
+
+
+def patch_tag(path, tag, value):
+    content = path.read_bytes()
+    start = content.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    path.write_bytes(content[:start] + struct.pack("<H", value) + content[start + 2 :])
+
+
 def test_float_tiff(tmp_path, rng):
     samples = rng.random((9, 13), dtype=np.float32)
     Image.fromarray(samples).save(tmp_path / "a.tif")
@@ -86,6 +123,19 @@ def test_ycbcr_is_pillows_and_inverts(rng):
     # Pillow works in fixed point and truncates Cb and Cr: measured 1.006 levels over 50 draws.
     assert (255 * ycbcr - pillow).abs().max() < 1.1
     assert (ycbcr_to_rgb(ycbcr) - rgb).abs().max() < 1e-6  # measured 2.4e-7
+
+
+def test_a_colour_that_rgb_cannot_show_keeps_its_y(rng):
+    y, cb, cr = torch.from_numpy(rng.random((3, 40, 50), dtype=np.float32))
+    y[0], y[1] = 0, 1
+    red, blue = y + 1.402 * (cr - 0.5), y + 1.772 * (cb - 0.5)
+    plain = torch.stack((red, (y - 0.299 * red - 0.114 * blue) / 0.587, blue))
+    inside = ((plain >= 0) & (plain <= 1)).all(dim=0)
+    rgb = ycbcr_to_rgb(torch.stack((y, cb, cr)))
+    assert 0.05 < inside.float().mean() < 0.95 and torch.equal(rgb[:, inside], plain[:, inside])
+    assert rgb.min() >= 0 and rgb.max() <= 1 and (luma(rgb)[0] - y).abs().max() < 1e-6  # measured 2e-7
+    shift, wanted = rgb - y, plain - y
+    assert (shift * wanted >= 0).all() and (shift.abs() <= wanted.abs() + 1e-6).all()  # the same hue, less of it
 
 
 def test_luma_and_colour_of_grey_and_colour(rng):
@@ -143,6 +193,11 @@ def test_nothing_half_written(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         write_png(tmp_path / "nan.png", torch.full((1, 4, 4), torch.nan))
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    write_png(tmp_path / f"{'a' * 251}.png", torch.zeros(1, 4, 4))
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_written_files_have_ordinary_permissions(tmp_path):

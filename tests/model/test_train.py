@@ -242,6 +242,23 @@ def test_other_data_cannot_continue_a_run(data, tmp_path, capsys):
     (root / "splits" / "train.txt").write_text("\n".join(f"pair{i}" for i in range(1, 6)))
     assert cli.main(arguments(root, tmp_path / "run", "--resume")) == 2
     assert "--data: 5 training pairs, but the run has 7" in capsys.readouterr().err
+    (root / "splits" / "train.txt").write_text("\n".join(f"pair{i}" for i in (2, 1, 3, 4, 5, 6, 7)))
+    assert cli.main(arguments(root, tmp_path / "run", "--resume")) == 2
+    assert f"--data: {root} has other training or validation pairs" in capsys.readouterr().err
+    shutil.copy(data / "splits" / "train.txt", root / "splits")
+    assert cli.main(arguments(root, tmp_path / "run", "--resume", "train.epochs=2")) == 0  # data may move
+
+
+def test_a_best_score_is_forgotten_where_another_is_asked_for(data, tmp_path, capsys):
+    def best(*more):
+        assert cli.main(arguments(data, tmp_path / "run", *more)) == 0
+        said = "best.safetensors is chosen anew" in capsys.readouterr().err
+        return [record["best"] for record in lines(tmp_path / "run" / "validation.jsonl")], said
+
+    assert best("train.epochs=1", "train.best_by=SD") == ([True], False)
+    assert best("--resume", "train.epochs=2", "train.best_by=loss") == ([True, True], True)
+    assert best("--resume", "train.epochs=3", "train.lr=0") == ([True, True, False], False)
+    assert best("--resume", "train.epochs=4", "loss.ssim=90") == ([True, True, False, True], True)
 
 
 def test_time_limit_saves_and_resumes(data, tmp_path, capsys):
