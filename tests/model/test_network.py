@@ -206,3 +206,15 @@ def test_scales(size):
     constant = torch.full((3, *half.shape[2:4], 4), 0.7)
     assert torch.allclose(_double(constant, maps[0]), torch.full((3, *size, 4), 0.7))
     assert SpatialExchange(ModelConfig(**TINY))(maps).shape == (3, *size, 4)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_exports_for_any_size_that_is_halved_without_rest(patch_size):
+    model = DIFFMF(ModelConfig(**TINY, patch_size=patch_size)).eval()
+    step = 4 * patch_size
+    sizes = {2: step * torch.export.Dim("height", min=2, max=512), 3: step * torch.export.Dim("width", min=2, max=512)}
+    with torch.no_grad():
+        example = torch.rand(2, 1, 3 * step, 4 * step)
+        program = torch.export.export(model, (example, example.flip(0)), dynamic_shapes=(sizes, sizes))
+        ir, vi = torch.rand(2, 2, 1, 5 * step, 2 * step)
+        torch.testing.assert_close(program.module()(ir, vi), model(ir, vi), atol=1e-5, rtol=1e-4)
