@@ -50,7 +50,7 @@ class Operator:
         """torch.func.vmap: a call for each item, since any of the tensors may be batched."""
         outputs = []
         for item in range(info.batch_size):
-            pairs = zip(arguments, in_dims, strict=True)
+            pairs = zip(arguments, in_dims, strict=True)  # in_dims of a list of paths is a list of None
             outputs.append(self(*(a.select(d, item) if isinstance(d, int) else a for a, d in pairs)))
         if isinstance(outputs[0], torch.Tensor):
             return torch.stack(outputs), 0
