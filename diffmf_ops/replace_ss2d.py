@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .modules import SS2D
+from .modules import SS2D, LayerNorm
 
 TOLERANCE = 1e-2  # relative L2: equal layers differ by 1e-6 in float32, those with a wrong path by 0.1 and more
 
@@ -104,10 +104,11 @@ def _replacement(path: str, old: nn.Module) -> SS2D:
     for name in ("act", "out_act"):
         if isinstance(getattr(old, name, None), nn.Module):
             setattr(new, name, getattr(old, name))
-    if hasattr(old.out_norm, "eps"):
-        new.out_norm.eps = old.out_norm.eps
+    if isinstance(new.out_norm, LayerNorm):
+        new.out_norm.eps = getattr(old.out_norm, "eps", new.out_norm.eps)
     for held, of_old in ((new._parameters, old._parameters), (new._modules, old._modules)):
-        for name in [*(name for name in of_old if name in held), *(name for name in list(held) if name not in of_old)]:
+        order = list(of_old)  # optimizers and averages of weights go by it
+        for name in sorted(held, key=lambda name: order.index(name) if name in order else len(order)):
             held[name] = held.pop(name)
     return new.train(old.training)
 
