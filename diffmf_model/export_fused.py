@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     root, output = Path(args.root), Path(args.output)
     device = select_device(args.device)
-    places, folders = find_places(root), list(_folders(root))
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    folders = list(_folders(root))
+    places = find_places(root, folders)
     if {folder.resolve() for folder in folders} & {output.resolve(), *output.resolve().parents}:
         raise UserError(f"OUT: expected a folder outside {root}, found {output}")
     work = [(folder, *match_folders(ir, vi)) for folder, ir, vi in places]
@@ -66,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     taken = {path for _, path in targets}
     sources = {source for _, ir, vi in places for source in (ir, vi)}
     for folder in folders:
-        for path in sorted(p for p in folder.iterdir() if p.is_file() and not sources & set(p.parents)):
+        if sources & {folder, *folder.parents}:
+            continue
+        for path in sorted(p for p in folder.iterdir() if p.is_file()):
             if output / path.relative_to(root) not in taken:
                 _copy(path, output / path.relative_to(root))
     for path in {path.parent for path in taken}:
@@ -82,15 +87,13 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def find_places(root: Path) -> list[tuple[Path, Path, Path]]:
-    """The folders, ROOT or below it, with an infrared and a visible folder: (folder, infrared, visible) of each.
+def find_places(root: Path, folders: list[Path]) -> list[tuple[Path, Path, Path]]:
+    """Those of ROOT's folders with an infrared and a visible folder: (folder, infrared, visible) of each.
 
     Raises UserError when there is none.
     """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
     places = []
-    for folder in _folders(root):
+    for folder in folders:
         inside = {
             kind: [p for p in folder.iterdir() if p.is_dir() and p.name.lower() in FOLDERS[kind]] for kind in FOLDERS
         }

@@ -76,6 +76,12 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous and from a multiple of 16 bytes on: a contiguous slice may start anywhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def run(name: str, device: torch.device, *arguments, workspace: bool = True) -> None:
     """Calls the kernel `name` of the device: on the CPU with torch's number of threads, on a GPU on the current stream.
 

@@ -47,7 +47,8 @@ def cross_merge(y: torch.Tensor, shape: Sequence[int], paths: Sequence[int] = (0
     """
     paths = check_paths(paths)
     check_rank("y", y, (4,), "(B, K, C, H·W)")
-    if not isinstance(shape, Sequence) or [isinstance(s, (Integral, torch.SymInt)) for s in shape] != [True, True]:
+    integers = isinstance(shape, Sequence) and all(isinstance(s, (Integral, torch.SymInt)) for s in shape)
+    if not integers or len(shape) != 2:
         raise ValueError(f"shape: {shape!r}, expected (H, W)")
     height, width = shape
     check_range("shape: height", height, 1, 2**20)

@@ -47,7 +47,7 @@ def _check_arguments(x, weight, bias) -> None:
     check_range("x: height", height, 1, 2**20)
     check_range("x: width", width, 1, 2**20)
     check_range("x: height * width", height * width, 1, 2**30)
-    check_range("x: channels D", channels, 1, 65536)
+    check_range("x: channels D", channels, 1, scan.MAX_CHANNELS)
     if lead:
         check_range("x: modalities M", lead[0], 1, 65535)
     size = weight.shape[-1]

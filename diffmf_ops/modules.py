@@ -263,6 +263,9 @@ class SS2D(nn.Module):
                 raise ValueError(f"{name}: expected 1 to {most}, found {value}")
         self.channel_first, self.exchange, self.reproject = channel_first, exchange, reproject
         self.gated, self.gate_act = "_noz" not in options, "_nozact" not in options
+        self.layout = "(B, d_model, H, W)" if channel_first else "(B, H, W, d_model)"
+        if modalities == 2:
+            self.layout = "(2, B, H, W, d_model)"
         lead = () if modalities == 1 else (modalities,)
         inner, paths, rank = self.d_inner, len(PATHS), self.dt_rank
 
@@ -332,11 +335,9 @@ class SS2D(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        rank = self.x_proj_weight.dim() + 1
-        layout = "(B, d_model, H, W)" if self.channel_first else f"({'2, ' if rank == 5 else ''}B, H, W, d_model)"
-        check_rank("x", x, (rank,), layout)
+        check_rank("x", x, (self.x_proj_weight.dim() + 1,), self.layout)
         if x.shape[1 if self.channel_first else -1] != self.d_model:
-            raise ValueError(f"x: shape {tuple(x.shape)}, expected {layout} with d_model = {self.d_model}")
+            raise ValueError(f"x: shape {tuple(x.shape)}, expected {self.layout} with d_model = {self.d_model}")
         if self.channel_first:
             x = x.permute(0, 2, 3, 1)
         x = self.in_proj(x)

@@ -44,7 +44,7 @@ def _check_arguments(y, weight, bias, z, eps) -> None:
     lead = tuple(y.shape[:-4])
     m = "M, " if lead else ""
     check_activation("y", y, scan.ACTIVATIONS)
-    check_range("y: channels D", y.shape[-1], 1, 65536)
+    check_range("y: channels D", y.shape[-1], 1, scan.MAX_CHANNELS)
     if lead:
         check_range("y: modalities M", lead[0], 1, 65535)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -121,9 +121,7 @@ def _norm_gate_backward(
     if dy.numel() == 0:
         return dy, weight.new_zeros(weight.shape), bias.new_zeros(bias.shape), dz
     call = _Call(y, weight, bias, z, eps)
-    dout = dout.contiguous()
-    if dout.data_ptr() % 16 != 0:  # a contiguous slice may start anywhere
-        dout = dout.clone()
+    dout = backend.aligned(dout)
     with backend.on(y.device):
         parts = getattr(backend.module(), f"norm_gate_backward_parts_{y.device.type}")(call.problem, call.inputs)
     dweight, dbias = (weight.new_empty((parts, *weight.shape)) for _ in range(2))

@@ -165,9 +165,7 @@ def backward(form, dy, states, x, proj, delta, dt_weight, dt_bias, A, D):
     dense = torch.contiguous_format
     gradients = [None if t is None else torch.empty_like(t, memory_format=dense) for t in inputs]
     call = _Call(form, *inputs)
-    dy, states = dy.contiguous(), states.contiguous()  # the latter as hooks on saved tensors return them
-    if states.data_ptr() % 16 != 0:
-        states = states.clone()
+    dy, states = dy.contiguous(), backend.aligned(states)  # hooks on saved tensors may have moved the states
     arguments = backend.module().SS2DGradients(_address(dy), _address(states), call.per_path, *map(_address, gradients))
     backend.run("ss2d_backward", x.device, call.problem, call.inputs, arguments)
     return tuple(gradients)

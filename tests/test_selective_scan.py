@@ -168,7 +168,7 @@ def repacked():
     """Saved tensors come back equal, but transposed in memory and misaligned."""
 
     def unpack(tensor):
-        moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        moved = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
         return moved.copy_(tensor).transpose(0, -1)
 
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t.transpose(0, -1).contiguous(), unpack)
